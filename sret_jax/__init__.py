@@ -1,0 +1,18 @@
+"""The Sliced Recursive Transformer (SReT, ECCV 2022) in JAX and Flax."""
+
+from sret_jax.errors import UserError
+from sret_jax.models.cost import count_macs, count_params
+from sret_jax.models.sret import SReT
+from sret_jax.models.zoo import create_model, list_models
+from sret_jax.weights.torch_names import from_torch_state_dict, to_torch_state_dict
+
+__all__ = [
+    "SReT",
+    "UserError",
+    "count_macs",
+    "count_params",
+    "create_model",
+    "from_torch_state_dict",
+    "list_models",
+    "to_torch_state_dict",
+]

@@ -1,0 +1,203 @@
+"""The small parts of the network: convolutions, dense layers, normalisation, MLP, stochastic depth."""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Initializer = jax.nn.initializers.Initializer
+
+# PyTorch's default for weights: uniform in ±1/sqrt(fan_in). Variance 1/(3 fan_in) is that interval's.
+kernel_init: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def bias_init(fan_in: int) -> Initializer:
+    """PyTorch's default for biases: uniform in ±1/sqrt(fan_in)."""
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        bound = 1 / math.sqrt(fan_in)
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
+    """Float32 means float32 on every device: by default, TPUs multiply in bfloat16 and GPUs in TF32."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def dense(features: int, fan_in: int, dtype: DTypeLike, name: str | None = None) -> nn.Dense:
+    """A linear layer with PyTorch's initialisation; (..., fan_in) -> (..., features) in `dtype`."""
+    return nn.Dense(
+        features,
+        dtype=dtype,
+        precision=matmul_precision(dtype),
+        kernel_init=kernel_init,
+        bias_init=bias_init(fan_in),
+        name=name,
+    )
+
+
+def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm as the original's: eps 1e-6, statistics in float32, and no E[x²] − E[x]², which cancels."""
+    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def unit_coefficients(module: nn.Module, count: int) -> jax.Array:
+    """The learnable residual coefficients of a layer, (count,) float32, starting at 1 (paper, section 3.3)."""
+    return module.param("coefficients", nn.initializers.ones, (count,), jnp.float32)
+
+
+def residual(keep: jax.Array, x: jax.Array, add: jax.Array, y: jax.Array) -> jax.Array:
+    """`keep * x + add * y` in x's dtype: the learnable residual connection. `keep` and `add` are scalars."""
+    return keep.astype(x.dtype) * x + add.astype(x.dtype) * y
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, with PyTorch's bookkeeping.
+
+    `nn.BatchNorm` keeps a running mean of the biased variance; PyTorch, and so every published checkpoint, one of the
+    unbiased variance. The number of batches seen is kept too, because official checkpoints hold it. Statistics are
+    computed in float32 over the global batch.
+    """
+
+    dtype: DTypeLike = jnp.float32
+    momentum: float = 0.9  # 0.1 in PyTorch's sense
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Normalise x, (..., channels), with the batch's statistics when training, else with the running ones."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        batches = self.variable("batch_stats", "batches", jnp.zeros, (), jnp.int32)
+
+        if train:
+            axes = tuple(range(x.ndim - 1))
+            mean = x.mean(axes, dtype=jnp.float32)
+            var = jnp.square(x.astype(jnp.float32) - mean).mean(axes)
+            if not self.is_initializing():
+                count = x.size // channels
+                unbiased = var * (count / max(count - 1, 1))
+                running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
+                running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
+                batches.value += 1
+        else:
+            mean, var = running_mean.value, running_var.value
+
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        return ((x.astype(jnp.float32) - mean) * factor + bias).astype(self.dtype)
+
+
+class Stem(nn.Module):
+    """Three stride-2 3×3 convolutions, each with BatchNorm and ReLU: images (b, h, w, 3) -> (b, h/8, w/8, width)."""
+
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """See the class."""
+        x = images.astype(self.dtype)
+        for i, features in enumerate((self.width // 2, self.width, self.width), start=1):
+            x = nn.Conv(
+                features,
+                kernel_size=(3, 3),
+                strides=2,
+                padding=1,  # not "SAME", which pads only right and bottom at stride 2
+                dtype=self.dtype,
+                precision=matmul_precision(self.dtype),
+                kernel_init=kernel_init,
+                bias_init=bias_init(9 * x.shape[-1]),
+                name=f"conv{i}",
+            )(x)
+            x = nn.relu(BatchNorm(dtype=self.dtype, name=f"bn{i}")(x, train))
+        return x
+
+
+class Pool(nn.Module):
+    """Depthwise 3×3 stride-2 convolution: (b, h, w, c) -> (b, ⌈h/2⌉, ⌈w/2⌉, features), features a multiple of c.
+
+    Written as nine shifted slices times nine weights: XLA's CPU backend computes the weight gradient of a strided
+    depthwise convolution 30 to 100 times slower.
+    """
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """See the class."""
+        batch, height, width, channels = x.shape
+        multiplier = self.features // channels
+        kernel = self.param("kernel", kernel_init_depthwise, (3, 3, 1, self.features), jnp.float32)
+        bias = self.param("bias", bias_init(9), (self.features,), jnp.float32)
+        # Output channel c·multiplier + m reads input channel c.
+        weights = kernel.reshape(9, channels, multiplier).astype(self.dtype)
+
+        out_height, out_width = (height + 1) // 2, (width + 1) // 2
+        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        total = jnp.zeros((batch, out_height, out_width, channels, multiplier), self.dtype)
+        for offset in range(9):
+            top, left = divmod(offset, 3)
+            shifted = padded[:, top : top + 2 * out_height - 1 : 2, left : left + 2 * out_width - 1 : 2]
+            total += shifted[..., None] * weights[offset]
+        return total.reshape(batch, out_height, out_width, self.features) + bias.astype(self.dtype)
+
+
+def kernel_init_depthwise(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """PyTorch's default for a depthwise 3×3 kernel, (3, 3, 1, features): its fan_in is 9."""
+    return bias_init(9)(key, shape, dtype)
+
+
+class MLP(nn.Module):
+    """Linear, exact GELU, linear, with dropout behind both: (..., width) -> (..., width)."""
+
+    hidden: int
+    drop_rate: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """See the class."""
+        width = x.shape[-1]
+        x = dense(self.hidden, width, self.dtype, "fc1")(x)
+        x = nn.gelu(x, approximate=False)
+        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
+        x = dense(width, self.hidden, self.dtype, "fc2")(x)
+        return nn.Dropout(self.drop_rate, deterministic=not train)(x)
+
+
+class NonLinearProjection(nn.Module):
+    """The non-linear projection layer (NLL) behind every application of a block: x = c1·x + c2·mlp(norm(x)).
+
+    Never shared: it is what makes each application of a shared block differ (paper, section 3.3).
+    """
+
+    mlp_ratio: float
+    drop_rate: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Tokens (b, n, c) -> (b, n, c)."""
+        keep, add = unit_coefficients(self, 2)
+        hidden = int(x.shape[-1] * self.mlp_ratio)
+        y = MLP(hidden, self.drop_rate, self.dtype, name="mlp")(layer_norm(self.dtype, "norm")(x), train)
+        return residual(keep, x, add, y)
+
+
+def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array) -> jax.Array:
+    """Stochastic depth: zero whole examples of x, (b, ...), with probability `rate`, scale the rest by 1/(1 − rate).
+
+    `rate` may be traced: under a scan over blocks it is data, not a constant.
+    """
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    keep = jax.random.bernoulli(key, 1 - rate, shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), 0).astype(x.dtype)

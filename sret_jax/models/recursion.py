@@ -1,0 +1,164 @@
+"""Weight-shared recursion: distinct blocks in one scan, applications of each with the same weights in another."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from sret_jax.models.attention import SlicedAttention
+from sret_jax.models.layers import MLP, NonLinearProjection, drop_path, layer_norm, residual, unit_coefficients
+
+
+class TransformerBlock(nn.Module):
+    """Attention and MLP, each with a learnable residual connection (paper, section 3.3)."""
+
+    heads: int
+    mlp_ratio: float
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    stochastic_depth: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, groups: int, permutation: jax.Array | None, drop_path_rate: jax.Array, train: bool
+    ) -> jax.Array:
+        """Apply the block once to tokens (b, n, c); see `SlicedAttention` for `groups` and `permutation`."""
+
+        def maybe_drop(y: jax.Array) -> jax.Array:
+            return drop_path(y, drop_path_rate, self.make_rng("dropout")) if train and self.stochastic_depth else y
+
+        c1, c2, c3, c4 = unit_coefficients(self, 4)
+        attention = SlicedAttention(self.heads, self.attn_drop_rate, self.drop_rate, self.dtype, name="attn")
+        y = attention(layer_norm(self.dtype, "norm1")(x), groups, permutation, train)
+        x = residual(c1, x, c2, maybe_drop(y))
+        mlp = MLP(int(x.shape[-1] * self.mlp_ratio), self.drop_rate, self.dtype, name="mlp")
+        y = mlp(layer_norm(self.dtype, "norm2")(x), train)
+        return residual(c3, x, c4, maybe_drop(y))
+
+
+class RecursiveBlock(nn.Module):
+    """One shared block, applied `recursions` times, each time followed by an NLL of its own.
+
+    Parameters: `block`, one `TransformerBlock`'s; `nlls`, a `NonLinearProjection`'s with a leading axis of
+    `recursions`.
+    """
+
+    width: int
+    heads: int
+    recursions: int
+    slices: tuple[int, int]
+    mlp_ratio: float
+    nll_ratio: float
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    stochastic_depth: bool = False
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+    unroll: bool = True
+
+    def setup(self) -> None:
+        """The shared block stands outside the scan over its applications, so that the scan can broadcast it."""
+        block = nn.remat(TransformerBlock, static_argnums=(2, 5)) if self.remat else TransformerBlock
+        self.block = block(
+            self.heads, self.mlp_ratio, self.drop_rate, self.attn_drop_rate, self.stochastic_depth, self.dtype
+        )
+        self.nlls = self.param("nlls", self._init_nlls)
+
+    def __call__(
+        self, x: jax.Array, permutations: jax.Array | None, drop_path_rate: jax.Array, train: bool
+    ) -> jax.Array:
+        """Tokens (b, n, c) -> (b, n, c); `permutations` are those of the later applications, (recursions − 1, n)."""
+        first, later = jax.tree.map(lambda p: p[0], self.nlls), jax.tree.map(lambda p: p[1:], self.nlls)
+
+        x = self.block(x, self.slices[0], None, drop_path_rate, train)
+        x = self._apply_nll(first, x, train)
+
+        def apply_again(
+            module: RecursiveBlock, x: jax.Array, inputs: tuple[Any, jax.Array | None]
+        ) -> tuple[jax.Array, None]:
+            nll, permutation = inputs
+            x = module.block(x, module.slices[1], permutation, drop_path_rate, train)
+            return module._apply_nll(nll, x, train), None
+
+        if self.recursions > 1:
+            scan = nn.scan(
+                apply_again,
+                variable_broadcast="params",
+                split_rngs={"params": False, "dropout": True},
+                length=self.recursions - 1,
+                unroll=self.recursions - 1 if self.unroll else 1,
+            )
+            x, _ = scan(self, x, (later, permutations))
+        return x
+
+    def _nll(self) -> NonLinearProjection:
+        return NonLinearProjection(self.nll_ratio, self.drop_rate, self.dtype, parent=None)
+
+    def _init_nlls(self, key: jax.Array) -> Any:
+        tokens = jnp.zeros((1, 1, self.width), self.dtype)
+        keys = jax.random.split(key, self.recursions)
+        return jax.vmap(lambda key: self._nll().init(key, tokens, train=False)["params"])(keys)
+
+    def _apply_nll(self, params: Any, x: jax.Array, train: bool) -> jax.Array:
+        rngs = {"dropout": self.make_rng("dropout")} if train and self.drop_rate > 0 else {}
+
+        def apply(params: Any, x: jax.Array) -> jax.Array:
+            return self._nll().apply({"params": params}, x, train, rngs=rngs)
+
+        return (jax.checkpoint(apply) if self.remat else apply)(params, x)
+
+
+class Stage(nn.Module):
+    """`blocks` distinct recursive blocks, one after another, their parameters stacked on a leading axis."""
+
+    blocks: int
+    heads: int
+    recursions: int
+    slices: tuple[int, int]
+    mlp_ratio: float
+    nll_ratio: float
+    drop_path_rates: tuple[float, ...]
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+    unroll: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, permutations: jax.Array | None, train: bool) -> jax.Array:
+        """Tokens (b, n, c) -> (b, n, c); `permutations`: int32 (blocks, recursions − 1, n), None for raster order."""
+
+        def apply_block(
+            block: RecursiveBlock, x: jax.Array, inputs: tuple[jax.Array | None, jax.Array]
+        ) -> tuple[jax.Array, None]:
+            permutations, drop_path_rate = inputs
+            return block(x, permutations, drop_path_rate, train), None
+
+        scan = nn.scan(
+            apply_block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=self.blocks,
+            unroll=self.blocks if self.unroll else 1,
+        )
+        blocks = RecursiveBlock(
+            x.shape[-1],
+            self.heads,
+            self.recursions,
+            self.slices,
+            self.mlp_ratio,
+            self.nll_ratio,
+            self.drop_rate,
+            self.attn_drop_rate,
+            stochastic_depth=any(self.drop_path_rates),
+            dtype=self.dtype,
+            remat=self.remat,
+            unroll=self.unroll,
+            name="blocks",
+        )
+        rates = jnp.asarray(self.drop_path_rates, jnp.float32)
+        x, _ = scan(blocks, x, (permutations, rates))
+        return x

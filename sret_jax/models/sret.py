@@ -1,0 +1,260 @@
+"""The Sliced Recursive Transformer (Shen, Liu, Xing, ECCV 2022, arXiv 2111.05297)."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from sret_jax.errors import UserError
+from sret_jax.models.layers import Pool, Stem, dense, layer_norm
+from sret_jax.models.recursion import Stage
+
+# Above this many applications of blocks, `scan_unroll=None` keeps the scans rolled: the published networks have 20.
+MOST_UNROLLED_APPLICATIONS = 64
+
+Permutations = Sequence[jax.Array | None]
+
+
+class SReT(nn.Module):
+    """Stem, position embedding, stages of recursive blocks with pooling between them, LayerNorm, linear head.
+
+    Call it as `model.apply(variables, images)`; `create_model` makes the published ones by name. The defaults are
+    SReT-T. Parameters are float32 whatever `dtype` is; so are softmax, normalisation statistics and the logits.
+
+    Attributes:
+      image_size: height and width of the images in pixels, a multiple of 8. The position embedding has
+        (image_size / 8)² places, and every stage's tokens must be divisible by its slices.
+      widths: channels of each stage; each a multiple of the one before, and of the stage's heads.
+      heads: attention heads of each stage.
+      blocks: distinct (unshared) transformer blocks of each stage.
+      recursions: how often each block is applied with the same weights, for each stage.
+      slices: for each stage, the number of slices (groups) that attend within themselves in a block's first
+        application and in each later one; 1 is no slicing.
+      mlp_ratio: hidden width of the blocks' MLPs, int(width · ratio).
+      nll_ratio: hidden width of the non-linear projection layers, int(width · ratio).
+      num_classes: 0 leaves the head out: calls return features.
+      drop_path_rate: stochastic depth at the very end of the network, growing linearly with depth.
+      drop_rate: dropout behind the position embedding, the projections and in the MLPs.
+      attn_drop_rate: dropout on attention weights.
+      dtype: compute dtype, float32 or bfloat16. float32 is computed as float32 on every device, without the
+        bfloat16 or TF32 products that TPUs and GPUs use by default.
+      remat: recompute each application in the backward pass instead of keeping its activations.
+      scan_unroll: unroll the scans over blocks and applications: faster and smaller in training, longer to compile.
+        None unrolls networks of up to 64 applications.
+
+    Raises:
+      UserError: fields that do not fit together; the message names what would.
+    """
+
+    image_size: int = 224
+    widths: Sequence[int] = (64, 128, 256)
+    heads: Sequence[int] = (2, 4, 8)
+    blocks: Sequence[int] = (2, 5, 3)
+    recursions: Sequence[int] = (2, 2, 2)
+    slices: Sequence[tuple[int, int]] = ((8, 2), (4, 1), (1, 1))
+    mlp_ratio: float = 3.6
+    nll_ratio: float = 1.0
+    num_classes: int = 1000
+    drop_path_rate: float = 0.1
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+    scan_unroll: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        super().__post_init__()
+
+    @property
+    def grid_sizes(self) -> tuple[int, ...]:
+        """Height and width of each stage's grid of tokens."""
+        return grid_sizes(self.image_size, len(self.widths))
+
+    @property
+    def applications(self) -> tuple[int, ...]:
+        """How many blocks the tokens pass in each stage, shared ones counted each time."""
+        return tuple(b * r for b, r in zip(self.blocks, self.recursions, strict=True))
+
+    def setup(self) -> None:
+        """Create the parts in the order of the data flow."""
+        depth = self.applications
+        unroll = self.scan_unroll if self.scan_unroll is not None else sum(depth) <= MOST_UNROLLED_APPLICATIONS
+        width, size = self.widths[0], self.grid_sizes[0]
+
+        self.stem = Stem(width, self.dtype)
+        # timm's truncation is at ±2, a hundred standard deviations out.
+        init = nn.initializers.truncated_normal(0.02, lower=-100, upper=100)
+        self.pos_embed = self.param("pos_embed", init, (size, size, width), jnp.float32)
+        self.pos_drop = nn.Dropout(self.drop_rate)
+        self.stages = [
+            Stage(
+                blocks=self.blocks[s],
+                heads=self.heads[s],
+                recursions=self.recursions[s],
+                slices=tuple(self.slices[s]),
+                mlp_ratio=self.mlp_ratio,
+                nll_ratio=self.nll_ratio,
+                drop_path_rates=tuple(
+                    self.drop_path_rate * (sum(depth[:s]) + b) / sum(depth) for b in range(self.blocks[s])
+                ),
+                drop_rate=self.drop_rate,
+                attn_drop_rate=self.attn_drop_rate,
+                dtype=self.dtype,
+                remat=self.remat,
+                unroll=unroll,
+            )
+            for s in range(len(self.widths))
+        ]
+        self.pools = [Pool(features, self.dtype) for features in self.widths[1:]]
+        self.norm = layer_norm(jnp.float32)
+        if self.num_classes:
+            self.head = dense(self.num_classes, self.widths[-1], jnp.float32)
+
+    def __call__(self, images: jax.Array, *, train: bool = False, permutations: Permutations | None = None) -> jax.Array:
+        """Classify images.
+
+        Args:
+          images: float32 (batch, image_size, image_size, 3), normalised.
+          train: whether BatchNorm uses the batch's statistics (make "batch_stats" mutable) and dropout and stochastic
+            depth are active (rng "dropout", needed when a rate is above 0).
+          permutations: for each stage, the order in which later applications slice the tokens, int32
+            (blocks, recursions − 1, tokens), or None for a stage whose later applications are not sliced. Not given,
+            they are drawn from the rng "permutation"; without that rng, evaluation uses one fixed permutation, so
+            that the same image always gives the same logits. The original draws in evaluation too.
+
+        Returns:
+          Logits, float32 (batch, num_classes); features if num_classes is 0.
+
+        Raises:
+          UserError: images or permutations of another shape or dtype, or a missing rng.
+        """
+        x = self.features(images, train=train, permutations=permutations)
+        return self.head(x) if self.num_classes else x
+
+    def features(self, images: jax.Array, *, train: bool = False, permutations: Permutations | None = None) -> jax.Array:
+        """What the head sees: float32 (batch, widths[-1]), after the last norm. Arguments as in a call."""
+        self._check_images(images)
+        stage_permutations = self._stage_permutations(permutations, train)
+        x = self.stem(images, train) + self.pos_embed.astype(self.dtype)
+        x = self.pos_drop(x, deterministic=not train)
+        for s, stage in enumerate(self.stages):
+            if s:
+                x = self.pools[s - 1](x)
+            batch, height, width, channels = x.shape
+            tokens = stage(x.reshape(batch, height * width, channels), stage_permutations[s], train)
+            x = tokens.reshape(batch, height, width, channels)
+        return self.norm(x.astype(jnp.float32).mean((1, 2)))
+
+    def _check_images(self, images: jax.Array) -> None:
+        expected = (self.image_size, self.image_size, 3)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise UserError(
+                f"images have shape {tuple(images.shape)}, expected (batch, {', '.join(map(str, expected))}): resize "
+                f"them, or create the model with another image_size"
+            )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"images are {images.dtype}, expected float32: scale them to 0..1 and normalise them with the mean and "
+                f"standard deviation that the model was trained with"
+            )
+
+    def _stage_permutations(self, given: Permutations | None, train: bool) -> list[jax.Array | None]:
+        """Permutations of each stage's later applications, (blocks, recursions − 1, tokens); None: raster order."""
+        shapes = [
+            (blocks, recursions - 1, size * size) if recursions > 1 and later > 1 else None
+            for blocks, recursions, size, (_, later) in zip(
+                self.blocks, self.recursions, self.grid_sizes, self.slices, strict=True
+            )
+        ]
+        if given is not None:
+            found = [None if p is None else tuple(p.shape) for p in given]
+            if found != shapes:
+                raise UserError(f"permutations have shapes {found}, expected {shapes}")
+            return list(given)
+        if not any(shapes):
+            return [None] * len(shapes)
+        if self.has_rng("permutation"):
+            keys = jax.random.split(self.make_rng("permutation"), len(shapes))
+            return [None if shape is None else _draw(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+        if train and not self.is_initializing():
+            raise UserError(
+                'training a model with slices draws permutations: pass rngs={"permutation": key}, or permutations='
+            )
+        # One permutation for every application keeps the program's size independent of the depth.
+        return [
+            None if shape is None else jnp.broadcast_to(np.random.RandomState(0).permutation(shape[-1]), shape)
+            for shape in shapes
+        ]
+
+
+def grid_sizes(image_size: int, stages: int) -> tuple[int, ...]:
+    """Height and width of each stage's grid of tokens: an eighth of the image, then halves, rounded up."""
+    sizes = [image_size // 8]
+    while len(sizes) < stages:
+        sizes.append((sizes[-1] + 1) // 2)
+    return tuple(sizes)
+
+
+def _draw(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    *applications, tokens = shape
+    keys = jax.random.split(key, applications)
+    return jax.vmap(jax.vmap(lambda key: jax.random.permutation(key, tokens)))(keys)
+
+
+def _check_fields(model: SReT) -> None:
+    per_stage = {name: len(getattr(model, name)) for name in ("widths", "heads", "blocks", "recursions", "slices")}
+    if len(set(per_stage.values())) != 1 or not model.widths:
+        raise UserError(f"one value for each stage is needed, of as many stages everywhere, but there are {per_stage}")
+    for name in ("widths", "heads", "blocks", "recursions"):
+        if any(value < 1 for value in getattr(model, name)):
+            raise UserError(f"{name} is {getattr(model, name)}, expected whole numbers of at least 1")
+    if any(len(pair) != 2 or min(pair) < 1 for pair in model.slices):
+        raise UserError(
+            f"slices is {model.slices}, expected two whole numbers of at least 1 for each stage: the groups in a "
+            f"block's first application, and in each later one"
+        )
+    for width, heads in zip(model.widths, model.heads, strict=True):
+        if width % heads:
+            raise UserError(f"widths {model.widths} must be multiples of heads {model.heads}: {heads} does not divide {width}")
+    for before, after in zip(model.widths, model.widths[1:], strict=False):
+        if after % before:
+            raise UserError(
+                f"widths is {model.widths}, but each must be a multiple of the one before, because pooling is a "
+                f"depthwise convolution: {after} is not one of {before}"
+            )
+    for name in ("drop_path_rate", "drop_rate", "attn_drop_rate"):
+        if not 0 <= getattr(model, name) < 1:
+            raise UserError(f"{name} is {getattr(model, name)}, expected a probability, at least 0 and below 1")
+    if jnp.dtype(model.dtype) not in (jnp.float32, jnp.bfloat16):
+        raise UserError(f"dtype is {jnp.dtype(model.dtype)}, expected float32 or bfloat16")
+    if model.num_classes < 0:
+        raise UserError(f"num_classes is {model.num_classes}, expected 0 (features) or more")
+    _check_division(model)
+
+
+def _check_division(model: SReT) -> None:
+    if _divides(model.image_size, model.slices):
+        return
+    sizes = [size for size in range(8, 4 * max(model.image_size, 256), 8) if _divides(size, model.slices)]
+    nearest = sorted(sorted(sizes, key=lambda size: abs(size - model.image_size))[:4])
+    cure = f"image sizes near it that work with slices {model.slices}: {', '.join(map(str, nearest)) or 'none'}"
+    if model.image_size < 8 or model.image_size % 8:
+        raise UserError(f"image_size is {model.image_size}, expected a multiple of 8; {cure}")
+    for stage, (size, slices) in enumerate(zip(grid_sizes(model.image_size, len(model.slices)), model.slices, strict=True)):
+        if any(size * size % groups for groups in slices):
+            divisors = [d for d in range(1, size * size + 1) if size * size % d == 0]
+            raise UserError(
+                f"at image_size {model.image_size}, stage {stage + 1} has {size} × {size} tokens, which slices "
+                f"{slices} do not divide; slices that do: {', '.join(map(str, divisors))}; {cure}"
+            )
+
+
+def _divides(image_size: int, slices: Sequence[tuple[int, int]]) -> bool:
+    sizes = grid_sizes(image_size, len(slices))
+    return image_size >= 8 and image_size % 8 == 0 and all(
+        size * size % groups == 0 for size, pair in zip(sizes, slices, strict=True) for groups in pair
+    )

@@ -1,0 +1,213 @@
+"""Official tensor names and layouts <-> Flax variables, both ways. The tables are the mapping.
+
+The original holds a block that is applied several times once for every application, under the same weights:
+`transformers.S.blocks.I` counts applications and non-linear projection layers in turn, so that application r of the
+distinct block b stands at I = 2 (b · recursions + r) and its NLL at I + 1. Here the distinct blocks of a stage are
+stacked on a leading axis, its NLLs on two: block and application.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sret_jax.errors import UserError
+from sret_jax.models.sret import SReT
+
+
+class _Layout(NamedTuple):
+    """Order of the official axes in our array, and the axes of size 1 that ours leaves out."""
+
+    axes: tuple[int, ...]
+    squeezed: tuple[int, ...] = ()
+
+    def from_torch(self, array: np.ndarray) -> np.ndarray:
+        return np.squeeze(array, self.squeezed).transpose(self.axes)
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        return np.expand_dims(array.transpose(np.argsort(self.axes)), self.squeezed)
+
+
+_SCALAR = _Layout(())
+_VECTOR = _Layout((0,))
+_LINEAR = _Layout((1, 0))  # (out, in) -> (in, out)
+_CONV = _Layout((2, 3, 1, 0))  # (out, in / groups, h, w) -> (h, w, in / groups, out)
+_POSITION = _Layout((1, 2, 0), squeezed=(0,))  # (1, c, h, w) -> (h, w, c)
+_COEFFICIENT = _Layout((), squeezed=(0,))  # (1,) -> one element of (coefficients,)
+
+_Table = tuple[tuple[str, str, _Layout], ...]
+
+
+def _affine(official: str, ours: str, scale: str, layout: _Layout) -> _Table:
+    return (f"{official}.weight", f"{ours}/{scale}", layout), (f"{official}.bias", f"{ours}/bias", _VECTOR)
+
+
+def _norm(official: str, ours: str) -> _Table:
+    return _affine(official, ours, "scale", _VECTOR)
+
+
+def _linear(official: str, ours: str) -> _Table:
+    return _affine(official, ours, "kernel", _LINEAR)
+
+
+def _conv(official: str, ours: str) -> _Table:
+    return _affine(official, ours, "kernel", _CONV)
+
+
+def _coefficients(count: int) -> _Table:
+    return tuple((f"coefficient{i + 1}.bias", f"coefficients/{i}", _COEFFICIENT) for i in range(count))
+
+
+_BLOCK: _Table = (
+    *_norm("norm1", "norm1"),
+    *_linear("attn.qkv", "attn/qkv"),
+    *_linear("attn.proj", "attn/proj"),
+    *_norm("norm2", "norm2"),
+    *_linear("mlp.fc1", "mlp/fc1"),
+    *_linear("mlp.fc2", "mlp/fc2"),
+    *_coefficients(4),
+)
+_NLL: _Table = (
+    *_norm("norm1", "norm"),
+    *_linear("mlp.fc1", "mlp/fc1"),
+    *_linear("mlp.fc2", "mlp/fc2"),
+    *_coefficients(2),
+)
+_PATCH_EMBED: _Table = tuple(
+    row
+    for i in (1, 2, 3)
+    for row in (
+        *_conv(f"patch_embed.conv{i}", f"params/stem/conv{i}"),
+        *_norm(f"patch_embed.bn{i}", f"params/stem/bn{i}"),
+        (f"patch_embed.bn{i}.running_mean", f"batch_stats/stem/bn{i}/mean", _VECTOR),
+        (f"patch_embed.bn{i}.running_var", f"batch_stats/stem/bn{i}/var", _VECTOR),
+        (f"patch_embed.bn{i}.num_batches_tracked", f"batch_stats/stem/bn{i}/batches", _SCALAR),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where an official tensor stands: in the variable at `path`, at `index` of its leading stacked axes."""
+
+    path: tuple[str, ...]
+    index: tuple[int, ...]
+    layout: _Layout
+
+
+def _places(model: SReT) -> Iterator[tuple[str, _Place]]:
+    """Every official name in the original's order, with the place it maps to; shared tensors under every name."""
+    yield "pos_embed", _place("params/pos_embed", (), _POSITION)
+    for official, ours, layout in _PATCH_EMBED:
+        yield official, _place(ours, (), layout)
+    for s, (blocks, recursions) in enumerate(zip(model.blocks, model.recursions, strict=True)):
+        root = f"params/stages_{s}/blocks"
+        for b in range(blocks):
+            for r in range(recursions):
+                i = 2 * (b * recursions + r)
+                for official, ours, layout in _BLOCK:
+                    yield f"transformers.{s}.blocks.{i}.{official}", _place(f"{root}/block/{ours}", (b,), layout)
+                for official, ours, layout in _NLL:
+                    yield f"transformers.{s}.blocks.{i + 1}.{official}", _place(f"{root}/nlls/{ours}", (b, r), layout)
+    for i in range(len(model.widths) - 1):
+        for official, ours, layout in _conv(f"pools.{i}.conv", f"params/pools_{i}"):
+            yield official, _place(ours, (), layout)
+    for official, ours, layout in (*_norm("norm", "params/norm"), *_linear("head", "params/head")):
+        if model.num_classes or not official.startswith("head"):
+            yield official, _place(ours, (), layout)
+
+
+def _place(ours: str, index: tuple[int, ...], layout: _Layout) -> _Place:
+    *path, last = ours.split("/")
+    if last.isdigit():  # an element of the vector of coefficients
+        return _Place(tuple(path), (*index, int(last)), layout)
+    return _Place((*path, last), index, layout)
+
+
+def _shapes(model: SReT) -> Any:
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def _lookup(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def from_torch_state_dict(state_dict: Mapping[str, np.ndarray], model: SReT) -> dict[str, Any]:
+    """Variables of `model` from an official state dict.
+
+    Args:
+      state_dict: every official name and its array, in PyTorch's layout; any floating dtype.
+      model: the network that the weights belong to.
+
+    Returns:
+      {"params", "batch_stats"}: float32 arrays, and the int32 count of batches that BatchNorm has seen.
+
+    Raises:
+      UserError: missing, unexpected or misshapen tensors, all of them listed, or copies of a shared tensor that differ.
+    """
+    places = dict(_places(model))
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _shapes(model))
+    problems = [f"missing: {name}" for name in places if name not in state_dict]
+    problems += [f"unexpected: {name}" for name in state_dict if name not in places]
+
+    filled: dict[tuple[tuple[str, ...], tuple[int, ...]], str] = {}
+    for name, place in places.items():
+        if name not in state_dict:
+            continue
+        target, array = _lookup(variables, place.path), np.asarray(state_dict[name])
+        expected = place.layout.to_torch(target[place.index]).shape
+        if array.shape != expected:
+            problems.append(f"misshapen: {name} is {array.shape}, expected {expected}")
+            continue
+        value = place.layout.from_torch(array).astype(target.dtype)
+        first = filled.setdefault((place.path, place.index), name)
+        if first == name:
+            target[place.index] = value
+        elif not np.array_equal(target[place.index], value, equal_nan=True):
+            problems.append(f"differing: {first} and {name} are one shared tensor")
+
+    if problems:
+        raise UserError(
+            f"the state dict does not fit the model in {len(problems)} tensors; check the model's name and fields:\n  "
+            + "\n  ".join(problems)
+        )
+    return jax.tree.map(jnp.asarray, variables)
+
+
+def to_torch_state_dict(variables: Mapping[str, Any], model: SReT) -> dict[str, np.ndarray]:
+    """The official state dict of `variables`: every official name, shared tensors under each, in PyTorch's layout.
+
+    Any tree of the variables' structure works, so gradients take official names too; collections that are not there
+    are left out.
+
+    Raises:
+      UserError: variables of another model.
+    """
+    expected = _shapes(model)
+    problems = []
+    for collection, tree in variables.items():
+        found, wanted = (
+            {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+            for leaves in (jax.tree.leaves_with_path(tree), jax.tree.leaves_with_path(expected.get(collection, {})))
+        )
+        problems += [
+            f"{collection}/{name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name)
+        ]
+    if problems:
+        raise UserError("the variables do not belong to the model:\n  " + "\n  ".join(problems))
+
+    arrays = jax.tree.map(np.asarray, dict(variables))
+    state_dict = {}
+    for name, place in _places(model):
+        if place.path[0] in arrays:
+            array = place.layout.to_torch(_lookup(arrays, place.path)[place.index])
+            state_dict[name] = np.array(array, np.int64 if array.dtype == np.int32 else array.dtype, order="C")
+    return state_dict
