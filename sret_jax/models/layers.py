@@ -1,14 +1,14 @@
 """The small parts of the network: convolutions, dense layers, normalisation, MLP, stochastic depth."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-Initializer = jax.nn.initializers.Initializer
+Initializer = Callable[..., jax.Array]
 
 # PyTorch's default for weights: uniform in ±1/sqrt(fan_in). Variance 1/(3 fan_in) is that interval's.
 kernel_init: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

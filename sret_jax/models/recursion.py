@@ -1,6 +1,6 @@
 """Weight-shared recursion: distinct blocks in one scan, applications of each with the same weights in another."""
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -106,7 +106,7 @@ class RecursiveBlock(nn.Module):
         rngs = {"dropout": self.make_rng("dropout")} if train and self.drop_rate > 0 else {}
 
         def apply(params: Any, x: jax.Array) -> jax.Array:
-            return self._nll().apply({"params": params}, x, train, rngs=rngs)
+            return cast(jax.Array, self._nll().apply({"params": params}, x, train, rngs=rngs))
 
         return (jax.checkpoint(apply) if self.remat else apply)(params, x)
 

@@ -95,7 +95,7 @@ class SReT(nn.Module):
                 blocks=self.blocks[s],
                 heads=self.heads[s],
                 recursions=self.recursions[s],
-                slices=tuple(self.slices[s]),
+                slices=self.slices[s],
                 mlp_ratio=self.mlp_ratio,
                 nll_ratio=self.nll_ratio,
                 drop_path_rates=tuple(
@@ -114,7 +114,9 @@ class SReT(nn.Module):
         if self.num_classes:
             self.head = dense(self.num_classes, self.widths[-1], jnp.float32)
 
-    def __call__(self, images: jax.Array, *, train: bool = False, permutations: Permutations | None = None) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, permutations: Permutations | None = None
+    ) -> jax.Array:
         """Classify images.
 
         Args:
@@ -135,7 +137,9 @@ class SReT(nn.Module):
         x = self.features(images, train=train, permutations=permutations)
         return self.head(x) if self.num_classes else x
 
-    def features(self, images: jax.Array, *, train: bool = False, permutations: Permutations | None = None) -> jax.Array:
+    def features(
+        self, images: jax.Array, *, train: bool = False, permutations: Permutations | None = None
+    ) -> jax.Array:
         """What the head sees: float32 (batch, widths[-1]), after the last norm. Arguments as in a call."""
         self._check_images(images)
         stage_permutations = self._stage_permutations(permutations, train)
@@ -201,7 +205,7 @@ def grid_sizes(image_size: int, stages: int) -> tuple[int, ...]:
 
 def _draw(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     *applications, tokens = shape
-    keys = jax.random.split(key, applications)
+    keys = jax.random.split(key, tuple(applications))
     return jax.vmap(jax.vmap(lambda key: jax.random.permutation(key, tokens)))(keys)
 
 
@@ -219,7 +223,9 @@ def _check_fields(model: SReT) -> None:
         )
     for width, heads in zip(model.widths, model.heads, strict=True):
         if width % heads:
-            raise UserError(f"widths {model.widths} must be multiples of heads {model.heads}: {heads} does not divide {width}")
+            raise UserError(
+                f"widths {model.widths} must be multiples of heads {model.heads}: {heads} does not divide {width}"
+            )
     for before, after in zip(model.widths, model.widths[1:], strict=False):
         if after % before:
             raise UserError(
@@ -244,7 +250,9 @@ def _check_division(model: SReT) -> None:
     cure = f"image sizes near it that work with slices {model.slices}: {', '.join(map(str, nearest)) or 'none'}"
     if model.image_size < 8 or model.image_size % 8:
         raise UserError(f"image_size is {model.image_size}, expected a multiple of 8; {cure}")
-    for stage, (size, slices) in enumerate(zip(grid_sizes(model.image_size, len(model.slices)), model.slices, strict=True)):
+    for stage, (size, slices) in enumerate(
+        zip(grid_sizes(model.image_size, len(model.slices)), model.slices, strict=True)
+    ):
         if any(size * size % groups for groups in slices):
             divisors = [d for d in range(1, size * size + 1) if size * size % d == 0]
             raise UserError(
@@ -255,6 +263,8 @@ def _check_division(model: SReT) -> None:
 
 def _divides(image_size: int, slices: Sequence[tuple[int, int]]) -> bool:
     sizes = grid_sizes(image_size, len(slices))
-    return image_size >= 8 and image_size % 8 == 0 and all(
-        size * size % groups == 0 for size, pair in zip(sizes, slices, strict=True) for groups in pair
+    return (
+        image_size >= 8
+        and image_size % 8 == 0
+        and all(size * size % groups == 0 for size, pair in zip(sizes, slices, strict=True) for groups in pair)
     )

@@ -43,9 +43,7 @@ PUBLISHED: Mapping[str, Published] = {
     "sret_lt_16_14_1": Published(("SReT_LT [16-14-1,1-1-1]",), _LT | _16_14_1, 1.2, 5.0, 76.6),
     "sret_s_wo_slice": Published(("SReT_S_wo_slice", "SReT_⋇S"), _S | _UNSLICED, 4.7, 20.9, 82.0),
     "sret_s": Published(("SReT_S",), _S, 4.2, 20.9, 81.9),
-    "sret_t_wo_slice_distill": Published(
-        ("SReT_T_wo_slice_distill", "SReT_⋇T_Distill"), _UNSLICED, 1.4, 4.8, 77.7
-    ),
+    "sret_t_wo_slice_distill": Published(("SReT_T_wo_slice_distill", "SReT_⋇T_Distill"), _UNSLICED, 1.4, 4.8, 77.7),
     "sret_t_distill": Published(("SReT_T_distill",), {}, 1.1, 4.8, 77.6),
     "sret_lt_wo_slice_distill": Published(
         ("SReT_LT_wo_slice_distill", "SReT_⋇LT_Distill"), _LT | _UNSLICED, 1.4, 5.0, 77.9

@@ -1,0 +1,127 @@
+"""Augmentation of whole batches on the device: pure functions of a key and images, to be called inside `jax.jit`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Of ImageNet's RGB values in 0..1.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+_ERASED_AREA = (0.02, 1 / 3)
+_ERASED_ASPECT = (0.3, 3.3)
+_ERASING_ATTEMPTS = 10
+
+
+def normalize(images: Array) -> Array:
+    """Brings each channel to mean 0 and standard deviation 1 over ImageNet.
+
+    Args:
+      images: uint8 (batch, height, width, 3), RGB.
+
+    Returns:
+      float32 of the same shape.
+    """
+    mean, std = jnp.array(MEAN, jnp.float32), jnp.array(STD, jnp.float32)
+    return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def random_flip(key: Array, images: Array, probability: float) -> Array:
+    """Mirrors each image left to right with the given probability.
+
+    Args:
+      key: random key.
+      images: (batch, height, width, channels), any dtype.
+      probability: of an image to be mirrored.
+
+    Returns:
+      Images of the same shape and dtype.
+    """
+    flipped = jax.random.bernoulli(key, probability, images.shape[:1])
+    return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+
+
+def random_erasing(key: Array, images: Array, probability: float) -> Array:
+    """Fills one rectangle of each image, with the given probability, with normal noise (Zhong et al., 2017).
+
+    The rectangle covers 0.02 to 1/3 of the image, uniformly, and its height / width is 0.3 to 3.3, log-uniformly. As in
+    timm, one that does not fit is drawn again, ten times in all; then the image stays as it is.
+
+    Args:
+      key: random key.
+      images: float32 (batch, height, width, channels), normalised.
+      probability: of an image to be erased in part.
+
+    Returns:
+      Images of the same shape and dtype.
+    """
+    batch, height, width, _ = images.shape
+    keys = jax.random.split(key, 6)
+    attempts = (batch, _ERASING_ATTEMPTS)
+    area = height * width * jax.random.uniform(keys[0], attempts, minval=_ERASED_AREA[0], maxval=_ERASED_AREA[1])
+    log_aspect = jax.random.uniform(
+        keys[1], attempts, minval=math.log(_ERASED_ASPECT[0]), maxval=math.log(_ERASED_ASPECT[1])
+    )
+    heights = jnp.round(jnp.sqrt(area * jnp.exp(log_aspect))).astype(jnp.int32)
+    widths = jnp.round(jnp.sqrt(area / jnp.exp(log_aspect))).astype(jnp.int32)
+    fits = (heights < height) & (widths < width)
+    first = jnp.argmax(fits, axis=1, keepdims=True)
+    box_height = jnp.take_along_axis(heights, first, axis=1)
+    box_width = jnp.take_along_axis(widths, first, axis=1)
+    erased = jnp.any(fits, axis=1) & jax.random.bernoulli(keys[2], probability, (batch,))
+    top = jax.random.randint(keys[3], (batch, 1), 0, height - box_height + 1)
+    left = jax.random.randint(keys[4], (batch, 1), 0, width - box_width + 1)
+    inside = _inside(height, width, top, left, top + box_height, left + box_width) & erased[:, None, None]
+    noise = jax.random.normal(keys[5], images.shape, images.dtype)
+    return jnp.where(inside[..., None], noise, images)
+
+
+def mixup_cutmix(
+    key: Array, images: Array, targets: Array, mixup_alpha: float, cutmix_alpha: float
+) -> tuple[Array, Array]:
+    """Mixes each image and its target with those of its partner, by mixup or cutmix; partner is the batch reversed.
+
+    Mixup (Zhang et al., 2018) averages: `w * image + (1 - w) * partner`, w ~ Beta(alpha, alpha). Cutmix (Yun et al.,
+    2019) puts a box of the partner into the image, sides `sqrt(1 - w)` of the image's, centre uniform, cut off at the
+    border; w then becomes the part of the image that is left. One draw serves the whole batch, as in timm. With both
+    alphas positive, either is used with probability 1/2.
+
+    Args:
+      key: random key.
+      images: float32 (batch, height, width, channels).
+      targets: float32 (batch, classes), a distribution in each row.
+      mixup_alpha: a Python number; 0 turns mixup off.
+      cutmix_alpha: a Python number; 0 turns cutmix off. With both off, nothing changes.
+
+    Returns:
+      Mixed images and targets, of the same shapes and dtypes.
+    """
+    if mixup_alpha == 0 and cutmix_alpha == 0:
+        return images, targets
+    key_switch, key_weight, key_y, key_x = jax.random.split(key, 4)
+    cutmix_probability = 0.0 if cutmix_alpha == 0 else 1.0 if mixup_alpha == 0 else 0.5
+    use_cutmix = jax.random.bernoulli(key_switch, cutmix_probability)
+    alpha = jnp.where(use_cutmix, cutmix_alpha, mixup_alpha)
+    weight = jax.random.beta(key_weight, alpha, alpha)
+
+    height, width = images.shape[1:3]
+    side = jnp.sqrt(1 - weight)
+    half_height, half_width = jnp.int32(height * side) // 2, jnp.int32(width * side) // 2
+    y, x = jax.random.randint(key_y, (), 0, height), jax.random.randint(key_x, (), 0, width)
+    kept = ~_inside(height, width, y - half_height, x - half_width, y + half_height, x + half_width)
+
+    pixel_weights = jnp.where(use_cutmix, kept, weight)[..., None]
+    target_weight = jnp.where(use_cutmix, jnp.mean(kept), weight)
+    images = pixel_weights * images + (1 - pixel_weights) * images[::-1]
+    targets = target_weight * targets + (1 - target_weight) * targets[::-1]
+    return images, targets
+
+
+def _inside(height: int, width: int, top: Array, left: Array, bottom: Array, right: Array) -> Array:
+    """Which pixels a box covers: bool (..., height, width) for bounds (..., 1) or (), bottom and right exclusive."""
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    in_rows = (top <= rows) & (rows < bottom)
+    in_columns = (left <= columns) & (columns < right)
+    return in_rows[..., :, None] & in_columns[..., None, :]

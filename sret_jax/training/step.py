@@ -1,0 +1,135 @@
+"""One training step and one evaluation step: pure functions, jitted over a mesh."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from sret_jax.data.augment import mixup_cutmix, normalize, random_erasing, random_flip
+from sret_jax.models.sret import SReT
+from sret_jax.training.mesh import replicated, split_batch
+from sret_jax.training.optimizer import Schedule
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a training step changes. Randomness is a function of the seed and `step`, so no key is kept."""
+
+    step: jax.Array  # int32, steps done
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """As `model.apply` takes them."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What happens to a batch on the device; see `sret_jax.data.augment`. The defaults change nothing."""
+
+    flip: float = 0.0
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __call__(self, key: jax.Array, batch: Batch, num_classes: int) -> tuple[jax.Array, jax.Array]:
+        """uint8 images and labels -> float32 images and targets (batch, num_classes)."""
+        flip_key, mix_key, erasing_key = jax.random.split(key, 3)
+        images = random_flip(flip_key, normalize(batch["image"]), self.flip)
+        images = random_erasing(erasing_key, images, self.erasing)
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), self.label_smoothing)
+        return mixup_cutmix(mix_key, images, targets, self.mixup, self.cutmix)
+
+
+def init_state(model: SReT, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+    """The state before the first step, the same on every device."""
+
+    def init() -> TrainState:
+        images = jnp.zeros((1, model.image_size, model.image_size, 3))
+        variables = model.init(jax.random.key(seed), images)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables["batch_stats"],
+            opt_state=optimizer.init(variables["params"]),
+        )
+
+    return jax.jit(init, out_shardings=replicated(mesh))()
+
+
+def make_train_step(
+    model: SReT,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    augmentation: Augmentation,
+    seed: int,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A jitted (state, batch) -> (state, metrics); the old state's memory is reused.
+
+    The batch holds "image", uint8 (batch, height, width, 3), and "label", int32 (batch,), split over the mesh. Metrics
+    are float32 scalars over the global batch: loss, learning_rate and gradient_norm, all of this step.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        augment_key, dropout_key, permutation_key = jax.random.split(key, 3)
+        images, targets = augmentation(augment_key, batch, model.num_classes)
+
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            logits, updates = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout_key, "permutation": permutation_key},
+            )
+            return optax.softmax_cross_entropy(logits, targets).mean(), updates["batch_stats"]
+
+        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            "learning_rate": schedule(state.step),
+            "gradient_norm": optax.global_norm(grads),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+    whole = replicated(mesh)
+    return jax.jit(train_step, in_shardings=(whole, split_batch(mesh)), out_shardings=(whole, whole), donate_argnums=0)
+
+
+def make_eval_step(model: SReT, mesh: Mesh) -> Callable[[Mapping[str, Any], Batch], Metrics]:
+    """A jitted (variables, batch) -> sums over the batch's examples, those with a False "mask" left out.
+
+    The sums, float32 scalars: loss (cross-entropy with the hard label), accuracy (label ranked first), top5_accuracy
+    (among the first five), examples. Divide the others by examples.
+    """
+
+    def eval_step(variables: Mapping[str, Any], batch: Batch) -> Metrics:
+        logits = cast(jax.Array, model.apply(variables, normalize(batch["image"])))
+        labels, mask = batch["label"], batch["mask"]
+        _, ranked = jax.lax.top_k(logits, min(5, model.num_classes))
+        hits = ranked == labels[:, None]
+        per_example = {
+            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+            "accuracy": hits[:, 0],
+            "top5_accuracy": hits.any(axis=1),
+            "examples": jnp.ones_like(labels),
+        }
+        return {name: jnp.where(mask, value, 0).sum(dtype=jnp.float32) for name, value in per_example.items()}
+
+    whole = replicated(mesh)
+    return jax.jit(eval_step, in_shardings=(whole, split_batch(mesh)), out_shardings=whole)

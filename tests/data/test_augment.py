@@ -1,0 +1,190 @@
+"""Tests of sret_jax.data.augment."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from sret_jax.data.augment import mixup_cutmix, normalize, random_erasing, random_flip
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """64 images of 20 × 30 in which no pixel value occurs twice."""
+    values = np.random.default_rng(0).permutation(64 * 20 * 30 * 3)
+    return values.reshape(64, 20, 30, 3).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def targets() -> np.ndarray:
+    """Random distributions over 10 classes."""
+    return np.random.default_rng(1).dirichlet(np.ones(10), 64).astype(np.float32)
+
+
+def test_normalize_subtracts_imagenets_mean_and_divides_by_its_deviation() -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(2, 5, 7, 3), dtype=np.uint8)
+    expected = np.empty(pixels.shape)
+    for channel, (mean, deviation) in enumerate([(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]):
+        expected[..., channel] = (pixels[..., channel] / 255 - mean) / deviation
+    normalized = jax.jit(normalize)(pixels)
+    assert normalized.dtype == jnp.float32
+    np.testing.assert_allclose(normalized, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_random_flip_leaves_an_image_or_mirrors_it(images: np.ndarray, dtype: type) -> None:
+    images = images.astype(dtype)
+    flipped = np.asarray(random_flip(jax.random.key(0), images, 0.5))
+    assert flipped.dtype == dtype
+    mirrored = [np.array_equal(after, before[:, ::-1]) for before, after in zip(images, flipped, strict=True)]
+    same = [np.array_equal(after, before) for before, after in zip(images, flipped, strict=True)]
+    assert np.all(np.logical_xor(mirrored, same))
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.25, 0.5, 1.0])
+def test_random_flip_mirrors_with_the_probability_given(probability: float) -> None:
+    pairs = np.tile(np.array([0, 1], np.uint8).reshape(1, 1, 2, 1), (4000, 1, 1, 1))
+    mirrored = np.asarray(random_flip(jax.random.key(1), pairs, probability))[:, 0, 0, 0].sum()
+    assert stats.binomtest(int(mirrored), 4000, probability).pvalue > 0.001
+
+
+jitted_mixup_cutmix = jax.jit(mixup_cutmix, static_argnums=(3, 4))
+
+
+def erase(count: int, height: int, width: int, probability: float) -> tuple[np.ndarray, np.ndarray]:
+    """Erased images of a constant and which of their pixels have changed: bool (count, height, width)."""
+    erased = np.asarray(
+        jax.jit(random_erasing, static_argnums=2)(
+            jax.random.key(2), jnp.full((count, height, width, 3), 7.0), probability
+        )
+    )
+    changed = erased != 7
+    np.testing.assert_array_equal(changed.any(axis=-1), changed.all(axis=-1))
+    return erased, changed.any(axis=-1)
+
+
+def test_random_erasing_changes_one_rectangle_of_a_size_in_the_ranges() -> None:
+    _, changed = erase(1000, 60, 80, probability=1.0)
+    heights, widths = changed.any(axis=2).sum(axis=1), changed.any(axis=1).sum(axis=1)
+    # A set of pixels that is as large as the product of its projections, which are runs, is a rectangle.
+    np.testing.assert_array_equal(changed.sum(axis=(1, 2)), heights * widths)
+    for projection in [changed.any(axis=2), changed.any(axis=1)]:
+        assert (np.abs(np.diff(projection.astype(int), prepend=0, append=0, axis=1)).sum(axis=1) == 2).all()
+    areas, aspects = heights * widths / (60 * 80), heights / widths
+    assert 0.018 < areas.min() < 0.03 and 0.32 < areas.max() < 0.345
+    assert 0.25 < aspects.min() < 0.35 and 2.9 < aspects.max() < 3.7
+    for border in [changed[:, 0], changed[:, -1], changed[:, :, 0], changed[:, :, -1]]:
+        assert border.any(), "no rectangle reaches this border"
+
+
+def test_random_erasing_is_uniform_in_area_and_place_and_log_uniform_in_aspect() -> None:
+    _, changed = erase(800, 120, 120, probability=1.0)
+    heights, widths = changed.any(axis=2).sum(axis=1), changed.any(axis=1).sum(axis=1)
+    tops, lefts = changed.any(axis=2).argmax(axis=1), changed.any(axis=1).argmax(axis=1)
+    areas = heights * widths / 120**2
+    small = areas < 0.25  # These fit at any aspect, 0.25 * 3.3 < 1; of larger ones, some are drawn again.
+    uniforms = [
+        (areas[small] - 0.02) / (0.25 - 0.02),
+        (np.log(heights[small] / widths[small]) - np.log(0.3)) / (np.log(3.3) - np.log(0.3)),
+        (tops + 0.5) / (120 - heights + 1),
+        (lefts + 0.5) / (120 - widths + 1),
+    ]
+    for values in uniforms:
+        assert stats.kstest(values, "uniform").pvalue > 0.001
+
+
+def test_random_erasing_fills_with_independent_normal_noise() -> None:
+    erased, changed = erase(200, 60, 80, probability=1.0)
+    noise = erased[changed]
+    assert stats.kstest(noise[:20_000].ravel(), "norm").pvalue > 0.001
+    np.testing.assert_allclose(np.corrcoef(noise.T), np.eye(3), atol=0.01)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
+def test_random_erasing_erases_with_the_probability_given(probability: float) -> None:
+    _, changed = erase(2000, 20, 20, probability)
+    count = int(changed.any(axis=(1, 2)).sum())
+    assert stats.binomtest(count, 2000, probability).pvalue > 0.001
+
+
+def test_random_erasing_tries_again_where_a_rectangle_does_not_fit() -> None:
+    # In an image 12 times as wide as high, a rectangle of a third fits only at few aspects: one draw in three or so.
+    _, changed = erase(500, 20, 240, probability=1.0)
+    heights, widths = changed.any(axis=2).sum(axis=1), changed.any(axis=1).sum(axis=1)
+    assert heights.max() == 19
+    assert (heights > 0).mean() > 0.9
+    assert (heights * widths / (20 * 240)).max() < 0.35
+
+
+def test_without_alphas_nothing_is_mixed(images: np.ndarray, targets: np.ndarray) -> None:
+    mixed_images, mixed_targets = mixup_cutmix(jax.random.key(0), images, targets, 0.0, 0.0)
+    np.testing.assert_array_equal(mixed_images, images)
+    np.testing.assert_array_equal(mixed_targets, targets)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mixup_averages_an_image_and_its_target_with_the_reversed_batchs(
+    images: np.ndarray, targets: np.ndarray, seed: int
+) -> None:
+    mixed_images, mixed_targets = map(np.asarray, jitted_mixup_cutmix(jax.random.key(seed), images, targets, 0.8, 0.0))
+    # Least squares on the targets gives the weight; everything must follow from it.
+    difference = (targets - targets[::-1]).ravel()
+    weight = difference @ (mixed_targets - targets[::-1]).ravel() / (difference @ difference)
+    assert 0 <= weight <= 1
+    np.testing.assert_allclose(mixed_targets, weight * targets + (1 - weight) * targets[::-1], atol=1e-6)
+    np.testing.assert_allclose(mixed_images, weight * images + (1 - weight) * images[::-1], rtol=1e-5, atol=0.1)
+    np.testing.assert_allclose(mixed_targets.sum(axis=1), 1, rtol=1e-5)
+    assert mixed_images.dtype == mixed_targets.dtype == np.float32
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cutmix_puts_a_box_of_the_reversed_batch_and_weighs_by_true_area(
+    images: np.ndarray, targets: np.ndarray, seed: int
+) -> None:
+    mixed_images, mixed_targets = map(np.asarray, jitted_mixup_cutmix(jax.random.key(seed), images, targets, 0.0, 1.0))
+    from_partner = mixed_images != images
+    np.testing.assert_array_equal(mixed_images, np.where(from_partner, images[::-1], images))
+    box = from_partner.any(axis=(0, 3))
+    np.testing.assert_array_equal(from_partner, np.broadcast_to(box[:, :, None], images.shape))
+    assert box.sum() == box.any(axis=1).sum() * box.any(axis=0).sum()
+    weight = 1 - box.mean()
+    np.testing.assert_allclose(mixed_targets, weight * targets + (1 - weight) * targets[::-1], atol=1e-6)
+    np.testing.assert_allclose(mixed_targets.sum(axis=1), 1, rtol=1e-5)
+
+
+def mixing_weights(mixup_alpha: float, cutmix_alpha: float, size: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """Over 1000 draws for an image of ones and one of zeros: the first one's target weight, and its pixels."""
+    pair = jnp.stack([jnp.ones((size, size, 1)), jnp.zeros((size, size, 1))])
+    mix = jax.vmap(lambda key: mixup_cutmix(key, pair, jnp.eye(2), mixup_alpha, cutmix_alpha))
+    mixed_images, mixed_targets = mix(jax.random.split(jax.random.key(3), 1000))
+    return np.asarray(mixed_targets[:, 0, 0]), np.asarray(mixed_images[:, 0, :, :, 0])
+
+
+@pytest.mark.parametrize("alpha", [0.8, 1.0, 3.0])
+def test_mixups_weight_is_beta_distributed(alpha: float) -> None:
+    weights, _ = mixing_weights(alpha, 0.0)
+    assert stats.kstest(weights, stats.beta(alpha, alpha).cdf).pvalue > 0.001
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_cutmix_draws_its_box_as_timm_does(alpha: float) -> None:
+    weights, pixels = mixing_weights(0.0, alpha)
+    rng, expected = np.random.default_rng(0), []
+    for weight in rng.beta(alpha, alpha, size=4000):
+        half = int(40 * np.sqrt(1 - weight)) // 2
+        y, x = rng.integers(40, size=2)
+        rows, columns = (np.clip(c + half, 0, 40) - np.clip(c - half, 0, 40) for c in (y, x))
+        expected.append(1 - rows * columns / 1600)
+    assert stats.ks_2samp(weights, expected).pvalue > 0.001
+    np.testing.assert_allclose(weights, pixels.mean(axis=(1, 2)), rtol=1e-6)
+    # The centre is uniform: over many draws, the picture of what is replaced is symmetric.
+    replaced = 1 - pixels.mean(axis=0)
+    np.testing.assert_allclose(replaced, replaced[::-1], atol=0.1)
+    np.testing.assert_allclose(replaced, replaced.T, atol=0.1)
+
+
+def test_either_mixup_or_cutmix_is_used_with_equal_probability() -> None:
+    _, pixels = mixing_weights(0.8, 1.0)
+    is_mixup = ((pixels > 0) & (pixels < 1)).any(axis=(1, 2))
+    assert stats.binomtest(int(is_mixup.sum()), 1000, 0.5).pvalue > 0.001

@@ -1,0 +1,261 @@
+"""Tests of sret_jax.data.pipeline."""
+
+import io
+import itertools
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from sret_jax.data.pipeline import Batch, eval_batches, random_crop_box, steps_per_epoch, train_batches
+from sret_jax.data.sources import Source, open_source
+from sret_jax.errors import UserError
+
+# The numbered source has 23 examples: 5 batches of 4 in an epoch, 3 examples dropped.
+STEPS, BATCH = 5, 4
+
+
+def take(source: Source, count: int, **arguments: Any) -> list[Batch]:
+    """The first `count` training batches."""
+    arguments = {"batch_size": BATCH, "image_size": 8, "seed": 0, "num_threads": 2} | arguments
+    return list(itertools.islice(train_batches(source, **arguments), count))
+
+
+def encode(pixels: np.ndarray, file_format: str = "PNG") -> bytes:
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+def test_an_epoch_holds_each_example_at_most_once_in_an_order_of_its_own(numbered_source: Source) -> None:
+    labels = np.stack([batch["label"] for batch in take(numbered_source, 4 * STEPS)]).reshape(4, STEPS * BATCH)
+    for epoch in labels:
+        assert len(set(epoch)) == STEPS * BATCH
+    for one, other in itertools.combinations([*labels, np.arange(STEPS * BATCH)], 2):
+        assert np.sum(one == other) < STEPS * BATCH / 2
+    assert len({frozenset(epoch) for epoch in labels}) > 1, "the same examples are dropped in every epoch"
+
+
+def test_the_seed_decides_on_the_batches(numbered_source: Source) -> None:
+    first, again, other = (take(numbered_source, STEPS, seed=seed) for seed in [3, 3, 4])
+    np.testing.assert_equal(first, again)
+    assert [batch["label"].tolist() for batch in first] != [batch["label"].tolist() for batch in other]
+
+
+def test_an_image_is_cropped_anew_in_each_epoch(numbered_source: Source) -> None:
+    crops: dict[int, list[bytes]] = {}
+    for batch in take(numbered_source, 3 * STEPS):
+        for image, label in zip(batch["image"], batch["label"], strict=True):
+            crops.setdefault(int(label), []).append(image.tobytes())
+    assert all(len(set(images)) == len(images) for images in crops.values())
+
+
+@pytest.mark.parametrize("first_batch", [0, 1, 4, 5, 12])
+def test_continuing_at_a_batch_equals_an_uninterrupted_run(numbered_source: Source, first_batch: int) -> None:
+    uninterrupted = take(numbered_source, 15)
+    continued = take(numbered_source, 15 - first_batch, first_batch=first_batch)
+    np.testing.assert_equal(continued, uninterrupted[first_batch:])
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_a_global_batch_is_the_same_for_any_number_of_hosts(numbered_source: Source, process_count: int) -> None:
+    def rows(batches: tuple[Batch, ...]) -> set[tuple[bytes, int]]:
+        return {
+            (image.tobytes(), int(label))
+            for batch in batches
+            for image, label in zip(batch["image"], batch["label"], strict=True)
+        }
+
+    hosts = [
+        take(numbered_source, 7, first_batch=3, process_index=i, process_count=process_count)
+        for i in range(process_count)
+    ]
+    for whole, *shares in zip(take(numbered_source, 7, first_batch=3), *hosts, strict=True):
+        assert all(share["label"].shape == (BATCH // process_count,) for share in shares)
+        assert rows(tuple(shares)) == rows((whole,))
+        assert len(rows((whole,))) == BATCH
+
+
+def test_train_batches_have_the_shapes_and_types_promised(digits_folder: Any) -> None:
+    source = open_source("digits", "train", str(digits_folder))
+    (batch,) = take(source, 1, image_size=20, batch_size=32)
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        "image": ((32, 20, 20, 3), np.dtype(np.uint8)),
+        "label": ((32,), np.dtype(np.int32)),
+    }
+    np.testing.assert_array_equal(batch["image"][..., 0], batch["image"][..., 2])
+
+
+def test_a_crop_of_everything_is_pillows_bicubic_resize() -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(50, 50, 3), dtype=np.uint8)
+    source = Source([{"image": encode(pixels), "label": 6}], 10, "one")
+    (batch,) = take(source, 1, batch_size=1, image_size=32, crop_area=(1, 1), crop_aspect=(1, 1))
+    np.testing.assert_array_equal(batch["image"][0], Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC))
+    assert batch["label"] == [6]
+
+
+def test_training_crops_lie_in_the_ranges_asked_for() -> None:
+    # Red rises by 1 a column, green by 1 a row: the slopes of a resized crop tell the crop's sides.
+    columns, rows = np.meshgrid(np.arange(250), np.arange(200))
+    ramps = np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8)
+    source = Source([{"image": ramps, "label": 0}], 1, "ramps")
+    batches = take(source, 200, batch_size=1, image_size=32, crop_area=(0.2, 0.5), crop_aspect=(0.5, 1.5))
+    images = np.concatenate([batch["image"] for batch in batches]).astype(float)
+    widths = (images[:, 16, 28, 0] - images[:, 16, 4, 0]) * 32 / 24
+    heights = (images[:, 28, 16, 1] - images[:, 4, 16, 1]) * 32 / 24
+    areas, aspects = widths * heights / (250 * 200), widths / heights
+    assert 0.19 < areas.min() < 0.23 and 0.47 < areas.max() < 0.52
+    assert 0.48 < aspects.min() < 0.55 and 1.4 < aspects.max() < 1.55
+    np.testing.assert_array_equal(images[:, 4, :, 0], images[:, 28, :, 0])
+
+
+def test_crop_boxes_are_uniform_in_area_and_place_and_log_uniform_in_aspect() -> None:
+    rng, (width, height) = np.random.default_rng(0), (5000, 3750)
+    # At up to a quarter of this area every aspect fits: no box is drawn twice, which would bend the distributions.
+    boxes = np.array([random_crop_box(width, height, rng, area=(0.08, 0.25)) for _ in range(2000)])
+    left, top, right, bottom = boxes.T
+    box_width, box_height = right - left, bottom - top
+    areas, log_aspects = box_width * box_height / (width * height), np.log(box_width / box_height)
+    uniforms = [
+        (areas - 0.08) / (0.25 - 0.08),
+        (log_aspects - np.log(3 / 4)) / (np.log(4 / 3) - np.log(3 / 4)),
+        left / (width - box_width),
+        top / (height - box_height),
+    ]
+    for values in uniforms:
+        assert stats.kstest(values, "uniform").pvalue > 0.001
+
+
+def test_crop_boxes_of_the_full_range_stay_inside_the_image_and_the_ranges() -> None:
+    rng = np.random.default_rng(0)
+    boxes = np.array([random_crop_box(500, 375, rng) for _ in range(2000)])
+    left, top, right, bottom = boxes.T
+    assert left.min() == top.min() == 0 and right.max() == 500 and bottom.max() == 375
+    areas, aspects = (right - left) * (bottom - top) / (500 * 375), (right - left) / (bottom - top)
+    assert 0.079 < areas.min() < 0.1 and 0.95 < areas.max() <= 1
+    assert 0.74 < aspects.min() < 0.77 and 1.3 < aspects.max() < 1.35
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [((1000, 12), (492, 0, 508, 12)), ((12, 1000), (0, 492, 12, 508)), ((1000, 1000), (0, 0, 1000, 1000))],
+)
+def test_where_no_box_fits_the_crop_is_the_largest_central_one(
+    size: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    assert random_crop_box(*size, np.random.default_rng(0), area=(1.1, 1.2)) == box
+
+
+@pytest.mark.parametrize("process_count", [1, 3])
+@pytest.mark.parametrize("batch_size", [6, 24, 30])
+def test_evaluation_sees_every_example_once(numbered_source: Source, process_count: int, batch_size: int) -> None:
+    hosts = [
+        list(
+            eval_batches(
+                numbered_source,
+                batch_size=batch_size,
+                image_size=8,
+                process_index=i,
+                process_count=process_count,
+                num_threads=2,
+            )
+        )
+        for i in range(process_count)
+    ]
+    assert {len(batches) for batches in hosts} == {-(-23 // batch_size)}
+    seen: list[int] = []
+    for batch in itertools.chain(*hosts):
+        local = batch_size // process_count
+        assert batch["image"].shape == (local, 8, 8, 3) and batch["image"].dtype == np.uint8
+        assert batch["label"].shape == (local,) and batch["label"].dtype == np.int32
+        assert batch["mask"].shape == (local,) and batch["mask"].dtype == np.bool_
+        assert not batch["image"][~batch["mask"]].any()
+        seen.extend(batch["label"][batch["mask"]])
+    assert sorted(seen) == list(range(23))
+
+
+def test_evaluation_on_one_host_keeps_the_order_of_the_source(numbered_source: Source) -> None:
+    batches = eval_batches(numbered_source, batch_size=8, image_size=8, num_threads=4)
+    labels = np.concatenate([batch["label"] for batch in batches])
+    np.testing.assert_array_equal(labels, [*range(23), 0])
+
+
+def test_evaluation_resizes_the_shorter_side_and_keeps_the_centre() -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(100, 60, 3), dtype=np.uint8)
+    wide, tall = np.ascontiguousarray(pixels.transpose(1, 0, 2)), pixels
+    source = Source([{"image": encode(wide), "label": 0}, {"image": tall, "label": 1}], 2, "two")
+    (batch,) = eval_batches(source, batch_size=2, image_size=28, num_threads=2)
+    # 28 / 0.875 = 32 and 100 / 60 * 32 = 53.3; what is left over beside the crop is 4 and 25, of which 2 and 12 before.
+    resized = Image.fromarray(wide).resize((53, 32), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(batch["image"][0], np.asarray(resized)[2:30, 12:40])
+    resized = Image.fromarray(tall).resize((32, 53), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(batch["image"][1], np.asarray(resized)[12:40, 2:30])
+
+
+def test_evaluation_at_384_resizes_to_438_as_deit_does() -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(100, 100, 3), dtype=np.uint8)
+    (batch,) = eval_batches(Source([{"image": pixels, "label": 0}], 1, "one"), batch_size=1, image_size=384)
+    resized = Image.fromarray(pixels).resize((438, 438), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(batch["image"][0], np.asarray(resized)[27:411, 27:411])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
+def test_images_of_any_mode_become_rgb(mode: str) -> None:
+    image = Image.fromarray(np.full((8, 8), 255, np.uint8)).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG" if mode == "CMYK" else "PNG")
+    grey = np.full((8, 8, 1), 255, np.uint8)
+    source = Source([{"image": buffer.getvalue(), "label": 0}, {"image": grey, "label": 1}], 2, mode)
+    (batch,) = eval_batches(source, batch_size=2, image_size=8, crop_ratio=1, num_threads=2)
+    assert (batch["image"] == 255).all()
+
+
+def test_an_image_that_does_not_decode_is_logged_and_replaced_in_training(caplog: pytest.LogCaptureFixture) -> None:
+    good = encode(np.zeros((8, 8, 3), np.uint8))
+    images = [good, good, good[:-30], b"not an image"]  # The last is followed by the first.
+    source = Source([{"image": image, "label": label} for label, image in enumerate(images)], 4, "partly broken")
+    with caplog.at_level(logging.WARNING, "sret_jax"):
+        (batch,) = take(source, 1)
+    assert sorted(batch["label"]) == [0, 0, 0, 1]
+    assert {record.getMessage().partition(" does")[0] for record in caplog.records} == {
+        "image 2 of partly broken",
+        "image 3 of partly broken",
+    }
+
+
+def test_an_image_that_does_not_decode_is_logged_and_masked_in_evaluation(caplog: pytest.LogCaptureFixture) -> None:
+    good = encode(np.full((8, 8, 3), 9, np.uint8))
+    source = Source([{"image": image, "label": 1} for image in [good, b"", good]], 2, "masked")
+    with caplog.at_level(logging.WARNING, "sret_jax"):
+        (batch,) = eval_batches(source, batch_size=3, image_size=8, num_threads=2)
+    np.testing.assert_array_equal(batch["mask"], [True, False, True])
+    assert not batch["image"][1].any()
+    # Threads of an earlier test may still be reading ahead.
+    messages = [record.getMessage() for record in caplog.records if "of masked" in record.getMessage()]
+    assert len(messages) == 1 and messages[0].startswith("image 1 of masked does not decode")
+
+
+def test_a_dataset_of_broken_images_is_the_users_error() -> None:
+    source = Source([{"image": b"broken", "label": 0}] * 40, 1, "broken")
+    with pytest.raises(UserError, match="16 images in a row of broken do not decode"):
+        take(source, 1)
+
+
+def test_steps_per_epoch_counts_complete_batches(numbered_source: Source) -> None:
+    assert [steps_per_epoch(numbered_source, size) for size in [1, 4, 11, 12, 23]] == [23, 5, 2, 1, 1]
+
+
+def test_a_batch_larger_than_the_source_is_the_users_error(numbered_source: Source) -> None:
+    with pytest.raises(UserError, match="batch size is 24, but numbered has only 23 examples"):
+        train_batches(numbered_source, batch_size=24, image_size=8, seed=0)
+
+
+def test_a_batch_that_the_hosts_cannot_share_is_the_users_error(numbered_source: Source) -> None:
+    with pytest.raises(UserError, match=r"batch size is 10, which 4 hosts cannot share equally.*choose 12"):
+        train_batches(numbered_source, batch_size=10, image_size=8, seed=0, process_count=4)
+    with pytest.raises(UserError, match=r"batch size is 10, which 4 hosts cannot share equally.*choose 12"):
+        eval_batches(numbered_source, batch_size=10, image_size=8, process_count=4)

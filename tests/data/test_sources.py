@@ -1,0 +1,184 @@
+"""Tests of sret_jax.data.sources."""
+
+import io
+import json
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from sret_jax.data import sources
+from sret_jax.data.sources import open_source
+from sret_jax.errors import UserError
+
+
+def test_digits_are_scikit_learns_in_a_stratified_split(digits_folder: Path) -> None:
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
+    for split, split_images, split_labels in [("train", parts[0], parts[2]), ("test", parts[1], parts[3])]:
+        source = open_source("digits", split, str(digits_folder))
+        assert (source.name, source.num_classes) == (f"digits {split}", 10)
+        assert len(source.examples) == {"train": 1437, "test": 360}[split]
+        examples = [source.examples[i] for i in range(len(source.examples))]
+        pixels = np.stack([np.asarray(Image.open(io.BytesIO(example["image"]))) for example in examples])
+        assert pixels.dtype == np.uint8 and (pixels.min(), pixels.max()) == (0, 255)
+        # 17 levels of grey, 255 / 16 = 15.9 apart: going back must give each of scikit-learn's values.
+        np.testing.assert_array_equal(np.round(pixels / 255 * 16).reshape(-1, 64), split_images)
+        np.testing.assert_array_equal([example["label"] for example in examples], split_labels)
+
+
+def test_digits_are_written_once(digits_folder: Path) -> None:
+    files = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in digits_folder.rglob("*")}
+    open_source("digits", "test", str(digits_folder))
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in digits_folder.rglob("*")} == files
+
+
+def test_digits_are_written_without_tensorflow_and_quietly(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from sret_jax.data.sources import open_source\n"
+        "source = open_source('digits', 'train', sys.argv[1])\n"
+        "assert len(source.examples) == 1437 and source.examples[0]['image']\n"
+        "assert not any(name.partition('.')[0] == 'tensorflow' for name in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\n"
+        "from sret_jax.data import sources\n"
+        "calls = []\n"
+        "sources._encode_png = lambda image: calls.append(image) or (os._exit(9) if len(calls) > 1700 else b'bytes')\n"
+        "sources.open_source('digits', 'train', sys.argv[1])\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, tmp_path], check=False).returncode == 9
+    assert list((tmp_path / "digits").iterdir()), "the writer was killed before it began"
+    source = open_source("digits", "train", str(tmp_path))
+    assert len(source.examples) == 1437
+    assert source.examples[0]["image"].startswith(b"\x89PNG")
+
+
+def test_the_slower_of_two_writers_reads_what_the_faster_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_png, faster = sources._encode_png, []
+
+    def encode_after_the_faster_writer(image: np.ndarray) -> bytes:
+        monkeypatch.setattr(sources, "_encode_png", encode_png)
+        faster.append(open_source("digits", "train", str(tmp_path)))
+        return encode_png(image)
+
+    monkeypatch.setattr(sources, "_encode_png", encode_after_the_faster_writer)
+    slower = open_source("digits", "train", str(tmp_path))
+    assert len(faster) == 1
+    assert slower.examples[7] == faster[0].examples[7]
+    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"digits cannot be written below .*file.*TFDS_DATA_DIR"):
+        open_source("digits", "train", str(tmp_path / "file"))
+
+
+def test_a_full_disk_is_the_users_error_and_the_digits_can_be_written_later(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # Python ignores the signal; writing fails.
+    try:
+        with pytest.raises(UserError, match="digits cannot be written below"):
+            open_source("digits", "train", str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(open_source("digits", "train", str(tmp_path)).examples) == 1437
+
+
+def test_an_unknown_dataset_is_the_users_error_and_asks_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: calls.append(args))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: calls.append(args))
+    for name in ["imagenet2012", "no_such_dataset:1.0.0", "../elsewhere"]:
+        with pytest.raises(UserError) as raised:
+            open_source(name, "train", str(tmp_path))
+        for part in [name, str(tmp_path / name.partition(":")[0]), "`digits`", "`synthetic`", f"tfds build {name}"]:
+            assert part in str(raised.value)
+    assert calls == []
+
+
+def test_the_default_folder_is_tfds_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources.tfds_constants, "DATA_DIR", "~/a folder that is not there")
+    with pytest.raises(UserError, match=str(Path.home() / "a folder that is not there" / "mnist")):
+        open_source("mnist", "train")
+
+
+def test_a_part_of_a_split_can_be_opened(digits_folder: Path) -> None:
+    whole, part = (open_source("digits", split, str(digits_folder)) for split in ["train", "train[100:110]"])
+    assert [part.examples[i] for i in range(10)] == [whole.examples[i] for i in range(100, 110)]
+    assert len(part.examples) == 10
+
+
+def test_an_unknown_split_names_the_splits(digits_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no split 'validation'.*\['test', 'train'\]"):
+        open_source("digits", "validation", str(digits_folder))
+
+
+def test_a_dataset_without_images_is_the_users_error(tmp_path: Path) -> None:
+    class Words(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "words"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = {"word": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=2)}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager: object) -> dict[str, Iterator[Any]]:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[Any]:
+            yield 0, {"word": "sliced", "label": 1}
+
+    Words(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    with pytest.raises(UserError, match=r"'words' has the features \['label', 'word'\].*`image`"):
+        open_source("words", "train", str(tmp_path))
+
+
+def test_a_dataset_that_cannot_be_read_in_random_order_is_the_users_error(digits_folder: Path, tmp_path: Path) -> None:
+    dataset = tmp_path / "records" / "1.0.0"
+    shutil.copytree(digits_folder / "digits" / "1.0.0", dataset)
+    info = json.loads((dataset / "dataset_info.json").read_text())
+    (dataset / "dataset_info.json").write_text(json.dumps(info | {"name": "records", "fileFormat": "tfrecord"}))
+    with pytest.raises(UserError, match=r"stored as tfrecord.*Expected array_record"):
+        open_source("records", "train", str(tmp_path))
+
+
+def test_a_synthetic_example_depends_on_its_split_and_index_alone() -> None:
+    train, again, test = (open_source("synthetic", split, image_size=16) for split in ["train", "train", "test"])
+    for index in [0, 1, 9_999]:
+        np.testing.assert_array_equal(train.examples[index]["image"], again.examples[index]["image"])
+        assert train.examples[index]["label"] == again.examples[index]["label"]
+        assert not np.array_equal(train.examples[index]["image"], test.examples[index]["image"])
+    assert not np.array_equal(train.examples[0]["image"], train.examples[1]["image"])
+
+
+def test_synthetic_examples_have_the_shape_length_and_classes_asked_for() -> None:
+    source = open_source("synthetic", "train", image_size=24, num_classes=7, length=400)
+    assert (source.num_classes, len(source.examples)) == (7, 400)
+    examples = [source.examples[i] for i in range(400)]
+    assert {example["label"] for example in examples} == set(range(7))
+    pixels = np.stack([example["image"] for example in examples])
+    assert pixels.shape == (400, 24, 24, 3) and pixels.dtype == np.uint8
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    with pytest.raises(IndexError):
+        source.examples[400]
