@@ -20,7 +20,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; flags start with --")
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)  # libraries tell of every file that they open
+        logging.set_verbosity(logging.WARNING)
+        # Orbax and TFDS speak through this logger, of every file that they open and again of what they raise.
+        logging.get_absl_logger().setLevel("CRITICAL")
     from sret_jax.training.loop import train  # slow to import: flags are checked first
 
     workdir = _WORKDIR.value or f"runs/{Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem}"

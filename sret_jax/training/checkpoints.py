@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import os
 import shutil
 import zlib
@@ -18,6 +17,15 @@ from sret_jax.errors import UserError
 from sret_jax.training.step import TrainState
 
 _CHECKSUMS = "checksums.json"
+
+# TensorStore wraps the system's error in others, as text.
+_DISK_REFUSALS = (
+    "No space left",
+    "File too large",
+    "quota exceeded",
+    "Permission denied",
+    "Read-only file system",
+)
 
 
 class Checkpoints:
@@ -46,7 +54,6 @@ class Checkpoints:
             self._check_identity(dict(identity))
         except OSError as error:
             raise _cannot_write(self._workdir, error) from error
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file that it opens
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
@@ -76,7 +83,7 @@ class Checkpoints:
     def restore_latest(
         self, like: TrainState, say: Callable[[str], None]
     ) -> tuple[TrainState, dict[str, float]] | None:
-        """The latest undamaged checkpoint: the state and the metrics that `save` got; None if there has been none.
+        """The latest undamaged checkpoint: the state and the evaluation that `save` got; None if there has been none.
 
         Args:
           like: a state with the shapes, dtypes and shardings wanted.
@@ -85,37 +92,32 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, but all are damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                self._check_sums(step)
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
-                        metrics=ocp.args.JsonRestore(),
-                    ),
-                )
+                restored = self._restore(step, like)
             except Exception as error:  # whatever Orbax and TensorStore raise for what damage there is
-                aside = self._set_aside(step)
-                say(f"checkpoint {step} is damaged ({_first_line(error)}); moved to {aside}, using the one before")
+                damaged[step] = f"checkpoint {step} is damaged ({_first_line(error)})"
             else:
-                return restored["state"], restored["metrics"]
-        if steps:
+                for bad, reason in damaged.items():
+                    say(f"{reason}: moved to {self._set_aside(bad)}, going on from {step}")
+                return restored["state"], restored["evaluation"]
+        if damaged:
             raise UserError(
-                f"all checkpoints in {self._folder} are damaged: give another workdir to begin anew, or mend those in "
-                f"{self._workdir / 'damaged_checkpoints'}"
+                "\n".join(damaged.values())
+                + f"\nno other is left in {self._folder}: mend one, or give another workdir to begin anew"
             )
         return None
 
-    def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
+    def save(self, step: int, state: TrainState, evaluation: Mapping[str, float]) -> None:
         """Begin to write a checkpoint; returns when the state may be changed.
 
         Raises:
           UserError: this one or the one before could not be written.
         """
         self.wait()
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), metrics=ocp.args.JsonSave(dict(metrics)))
+        self._writing(functools.partial(_reserve, self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state))))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), evaluation=ocp.args.JsonSave(dict(evaluation)))
         self._writing(lambda: self._manager.save(step, args=args, force=True))
 
     def wait(self) -> None:
@@ -134,7 +136,6 @@ class Checkpoints:
         try:
             write()
         except Exception as error:
-            # TensorStore wraps the system's error in others, as text.
             if isinstance(error, OSError) or any(cause in str(error) for cause in _DISK_REFUSALS):
                 raise _cannot_write(self._workdir, error) from error
             raise
@@ -147,7 +148,7 @@ class Checkpoints:
             return
         there = json.loads(file.read_text(encoding="utf-8"))
         differences = [
-            f"  config.{key} is {there.get(key)} there, {identity.get(key)} now"
+            f"  config.{key} is {there.get(key, 'absent')} there, {identity.get(key, 'absent')} now"
             for key in sorted(there.keys() | identity.keys())
             if there.get(key) != identity.get(key)
         ]
@@ -157,6 +158,11 @@ class Checkpoints:
                 + "\n".join(differences)
                 + "\ngive another --workdir, or the config that it belongs to"
             )
+
+    def _restore(self, step: int, like: TrainState) -> Any:
+        self._check_sums(step)
+        state = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+        return self._manager.restore(step, args=ocp.args.Composite(state=state, evaluation=ocp.args.JsonRestore()))
 
     def _check_sums(self, step: int) -> None:
         """Orbax notices missing and cut-short files, most of the time; changed bytes it does not."""
@@ -181,9 +187,6 @@ class Checkpoints:
         return str(target)
 
 
-_DISK_REFUSALS = ("No space left", "Permission denied", "RESOURCE_EXHAUSTED", "Read-only file system", "quota")
-
-
 def _cannot_write(workdir: Path, error: Exception) -> UserError:
     return UserError(
         f"cannot write to the workdir {workdir}: {_first_line(error)}. It must be a folder that you may write to, on a "
@@ -193,6 +196,17 @@ def _cannot_write(workdir: Path, error: Exception) -> UserError:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
+
+
+def _reserve(folder: Path, size: int) -> None:
+    """Raise the system's own error if the disk refuses so many bytes: Orbax's threads print dozens of them."""
+    file = folder / ".space"
+    try:
+        with file.open("wb") as space:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(space.fileno(), 0, size)
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:

@@ -1,0 +1,158 @@
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sret_jax import UserError
+from sret_jax.training.checkpoints import Checkpoints
+from sret_jax.training.mesh import make_mesh, replicated
+from sret_jax.training.step import TrainState
+
+IDENTITY = {"model.name": "sret_t", "seed": 0}
+
+
+def make_state(step):
+    random = np.random.default_rng(step)
+    state = TrainState(
+        step=jnp.int32(step),
+        params={"kernel": jnp.asarray(random.normal(size=(300, 50)), jnp.float32), "bias": jnp.zeros(3)},
+        batch_stats={"mean": jnp.ones(2)},
+        opt_state=(jnp.int32(step),),
+    )
+    return jax.device_put(state, replicated(make_mesh({"data": -1}, 8)))
+
+
+def open_checkpoints(workdir, identity=IDENTITY):
+    return Checkpoints(str(workdir), keep=2, identity=identity)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("written")
+    with open_checkpoints(workdir) as checkpoints:
+        for step in (10, 20, 30):
+            checkpoints.save(step, make_state(step), {"accuracy": step / 100})
+    return workdir
+
+
+@pytest.fixture
+def workdir(written, tmp_path):
+    return pathlib.Path(shutil.copytree(written, tmp_path / "run"))
+
+
+def restore(workdir):
+    said = []
+    with open_checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_latest(make_state(0), said.append), said
+
+
+def assert_is(restored, step):
+    state, metrics = restored
+    assert metrics == {"accuracy": step / 100}
+    jax.tree.map(np.testing.assert_array_equal, state, make_state(step))
+
+
+def test_a_new_workdir_has_no_checkpoint(tmp_path):
+    assert restore(tmp_path / "new" / "run") == (None, [])
+
+
+def test_the_latest_comes_back_bit_for_bit_with_its_shardings(workdir):
+    restored, said = restore(workdir)
+    assert_is(restored, 30)
+    assert said == []
+    assert restored[0].params["kernel"].sharding == make_state(0).params["kernel"].sharding
+
+
+def test_only_the_latest_are_kept(workdir):
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "30"]
+
+
+def data_files(workdir):
+    """Files of checkpoint 30, largest first: tensors, then metadata."""
+    files = [path for path in (workdir / "checkpoints" / "30").rglob("*") if path.is_file()]
+    return sorted(files, key=lambda path: -path.stat().st_size)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def change(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, change, os.remove])
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(workdir, damage, largest):
+    damage(data_files(workdir)[0 if largest else -1])
+    restored, said = restore(workdir)
+    assert_is(restored, 20)
+    assert len(said) == 1
+    assert "checkpoint 30 is damaged" in said[0]
+    assert (workdir / "damaged_checkpoints" / "30").is_dir()
+
+
+def test_a_checkpoint_cut_short_before_its_checksums_were_written_is_noticed_too(workdir):
+    (workdir / "checkpoints" / "30" / "checksums.json").unlink()
+    cut(data_files(workdir)[0])
+    restored, said = restore(workdir)
+    assert_is(restored, 20)
+    assert "checkpoint 30 is damaged" in said[0]
+
+
+def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(workdir):
+    cut(data_files(workdir)[0])
+    with open_checkpoints(workdir) as checkpoints:
+        checkpoints.restore_latest(make_state(0), lambda _: None)
+        checkpoints.save(30, make_state(30), {"accuracy": 0.3})
+    assert_is(restore(workdir)[0], 30)
+
+
+def test_if_all_are_damaged_nothing_begins_anew_unasked_and_nothing_is_moved(workdir):
+    for step in ("20", "30"):
+        shutil.rmtree(workdir / "checkpoints" / step / "state")
+    with pytest.raises(UserError) as error:
+        restore(workdir)
+    assert "checkpoint 30 is damaged" in str(error.value)
+    assert "checkpoint 20 is damaged" in str(error.value)
+    assert "no other is left" in str(error.value)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "30"]
+
+
+def test_what_a_killed_save_left_behind_is_not_a_checkpoint(workdir):
+    half = workdir / "checkpoints" / "40.orbax-checkpoint-tmp"
+    shutil.copytree(workdir / "checkpoints" / "30", half)
+    shutil.rmtree(half / "evaluation")
+    restored, said = restore(workdir)
+    assert_is(restored, 30)
+    assert said == []
+    assert not half.exists()
+
+
+def test_another_runs_workdir_is_refused_with_every_difference(workdir):
+    with pytest.raises(UserError) as error:
+        open_checkpoints(workdir, {"model.name": "sret_s", "seed": 0, "epochs": 3})
+    assert "config.model.name is sret_t there, sret_s now" in str(error.value)
+    assert "config.epochs is absent there, 3 now" in str(error.value)
+    assert "seed" not in str(error.value)
+
+
+def test_the_workdir_keeps_its_identity_as_json(workdir):
+    assert json.loads((workdir / "config.json").read_text()) == IDENTITY
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to the workdir .*file"):
+        open_checkpoints(tmp_path / "file" / "run")

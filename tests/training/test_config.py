@@ -1,0 +1,93 @@
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sret_jax import UserError, count_params
+from sret_jax.training.config import base_config, check_config, flatten, identity
+from sret_jax.training.loop import make_model, make_optimizer
+
+CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+def load(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_complete_and_builds_its_model_and_optimizer(name):
+    config = load(name)
+    check_config(config)
+    model = make_model(config, num_classes=10)
+    schedule, optimizer = make_optimizer(config, epoch_steps=100)
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    jax.eval_shape(optimizer.init, params)
+    peak = config.optimizer.learning_rate * config.batch_size / 512
+    assert max(float(schedule(step)) for step in range(0, 100 * config.epochs, 50)) == pytest.approx(peak, rel=0.05)
+
+
+def test_sret_t_is_the_published_network_and_recipe():
+    config = load("sret_t")
+    assert count_params(make_model(config, num_classes=1000)) == 4_755_979
+    schedule, _ = make_optimizer(config, epoch_steps=1251)
+    assert float(schedule(0)) == pytest.approx(1e-6)
+    assert float(schedule(15 * 1251)) == pytest.approx((1e-6 + 2e-3) / 2)  # half of the warm-up
+    assert float(schedule(300 * 1251)) == pytest.approx(1e-5)
+
+
+def test_unknown_keys_are_refused_together_with_the_nearest():
+    config = base_config()
+    config.optimizer.larning_rate = 1.0
+    config.modle = "x"
+    with pytest.raises(UserError) as error:
+        check_config(config)
+    assert "config.optimizer.larning_rate is not a key; did you mean optimizer.learning_rate" in str(error.value)
+    assert "config.modle is not a key" in str(error.value)
+
+
+def test_missing_keys_are_refused():
+    config = base_config()
+    del config.augment["flip"]
+    with pytest.raises(UserError, match=r"config\.augment\.flip is missing"):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("seed", -1),
+        ("log_every_steps", 0),
+        ("augment.flip", 1.5),
+        ("augment.mixup", -0.1),
+        ("data.crop_area", (0.5, 0.1)),
+        ("data.eval_crop_ratio", 1.1),
+        ("checkpoint.keep", 0),
+        ("optimizer.learning_rate", -1.0),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(key, value):
+    config = base_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        check_config(config)
+
+
+def test_the_identity_of_a_run_leaves_out_how_it_is_computed():
+    config, other = load("digits"), load("digits")
+    other.mesh.data = 4
+    other.data.path = "/elsewhere"
+    other.model.remat = True
+    other.checkpoint.keep = 7
+    assert identity(config) == identity(other)
+    other.model.mlp_ratio = 2.0
+    assert {k for k in identity(config) if identity(config)[k] != identity(other)[k]} == {"model.mlp_ratio"}
+
+
+def test_every_key_has_a_place_in_the_flat_config():
+    assert flatten(base_config())["mesh"] == {"data": -1}
+    assert flatten(base_config())["optimizer.b1"] == 0.9

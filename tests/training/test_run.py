@@ -1,0 +1,255 @@
+"""Whole runs by `train.py`: what they write and say, and that a kill at any moment costs nothing but time."""
+
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS, EPOCH_STEPS = 33, 11  # of tiny_run.py
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """One device, and folders shared by all runs: the digits, and compiled programs, so that a restart is quick."""
+    shared = tmp_path_factory.getbasetemp()
+    return {
+        **{key: value for key, value in os.environ.items() if key != "XLA_FLAGS"},
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TFDS_DATA_DIR": str(shared / "datasets"),
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def command(workdir, *flags, config="tests/training/tiny_run.py"):
+    return [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *flags]
+
+
+@pytest.fixture(scope="module")
+def train(environment):
+    def run(workdir, *flags, limit_file_size=None, **options):
+        def limit():
+            if limit_file_size:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_size, limit_file_size))
+
+        settings = {**environment, **options.pop("env", {})}
+        return subprocess.run(
+            command(workdir, *flags, **options),
+            cwd=ROOT,
+            env=settings,
+            capture_output=True,
+            text=True,
+            preexec_fn=limit,
+            timeout=600,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = train(workdir)
+    assert result.returncode == 0, result.stderr
+    return workdir, result.stdout
+
+
+def final_state(workdir):
+    return ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(STEPS) / "state")
+
+
+def assert_equal_bit_for_bit(workdir, other):
+    state, expected = final_state(workdir), final_state(other)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def records(workdir):
+    """What does not depend on the machine's speed."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def kill_when(process, happened):
+    """Kill -9 as soon as `happened()`; whether that was before the process ended."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if happened():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def test_a_killed_run_ends_like_an_undisturbed_one_bit_for_bit(environment, train, undisturbed, tmp_path):
+    seed = random.randrange(1000)
+    print("seed of the moments:", seed)
+    moments = random.Random(seed)
+    workdir = tmp_path / "run"
+    checkpoints = workdir / "checkpoints"
+
+    def after_a_checkpoint():
+        complete = checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+        if complete:
+            time.sleep(moments.uniform(0, 0.5))
+        return complete
+
+    def during_a_save():
+        return checkpoints.is_dir() and any("tmp" in path.name for path in checkpoints.iterdir())
+
+    def at_any_time(until=moments.uniform(1, 5), begin=time.monotonic):
+        return begin() > started + until
+
+    kills = 0
+    for happened in (at_any_time, during_a_save, after_a_checkpoint, during_a_save):
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command(workdir), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        kills += kill_when(process, happened)
+    assert kills >= 2
+    result = train(workdir)
+
+    assert result.returncode == 0, result.stderr
+    assert_equal_bit_for_bit(workdir, undisturbed[0])
+    assert records(workdir) == records(undisturbed[0])
+    assert {path.name for path in checkpoints.iterdir()} == {"22", "33"}
+
+
+def test_a_run_whose_last_checkpoint_was_cut_short_goes_on_from_the_one_before(train, undisturbed, tmp_path):
+    workdir = pathlib.Path(shutil.copytree(undisturbed[0], tmp_path / "run"))
+    largest = max((workdir / "checkpoints" / "33").rglob("*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, 100)
+    result = train(workdir)
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint 33 is damaged" in result.stdout
+    assert "22 steps done before" in result.stdout
+    assert_equal_bit_for_bit(workdir, undisturbed[0])
+
+
+def test_a_finished_run_says_so_and_changes_nothing(train, undisturbed, tmp_path):
+    workdir = pathlib.Path(shutil.copytree(undisturbed[0], tmp_path / "run"))
+    result = train(workdir)
+    assert result.returncode == 0, result.stderr
+    assert "this run is finished" in result.stdout
+    accuracy = next(line for line in undisturbed[1].splitlines() if line.startswith("test accuracy"))
+    assert accuracy in result.stdout
+    assert_equal_bit_for_bit(workdir, undisturbed[0])
+    assert records(workdir) == records(undisturbed[0])
+
+
+def test_the_console_shows_what_a_person_wants_to_know(undisturbed):
+    workdir, output = undisturbed
+    for text in (
+        "sret_t",
+        "22,634",
+        "digits train: 1,437",
+        "epoch 1/3",
+        "test accuracy",
+        f"{workdir}/checkpoints/33",
+        "learning_curves.png",
+    ):
+        assert text in output
+    assert "\x1b" not in output
+    assert (workdir / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_every_test_image_is_counted_once_in_every_epoch(undisturbed):
+    evaluations = [record for record in records(undisturbed[0]) if record["kind"] == "evaluation"]
+    assert [(record["step"], record["examples"]) for record in evaluations] == [(11, 360), (22, 360), (33, 360)]
+
+
+def test_a_run_on_a_mesh_of_eight_devices_has_the_same_losses(train, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    result = train(workdir, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    assert result.returncode == 0, result.stderr
+    assert "8 × cpu" in result.stdout
+    losses, expected = (
+        [r["loss"] for r in records(path) if r["kind"] == "train"] for path in (workdir, undisturbed[0])
+    )
+    # Sums over a batch in another order, amplified by AdamW over 33 steps.
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+    np.testing.assert_allclose(losses[0], expected[0], rtol=1e-5)
+
+
+def test_synthetic_images_need_no_data(train, tmp_path):
+    result = train(
+        tmp_path / "run", "--config.data.source=synthetic", "--config.data.synthetic_examples=256", "--config.epochs=1"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "synthetic train: 256" in result.stdout
+
+
+def error_of(result):
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    return result.stderr
+
+
+def test_a_run_that_diverges_stops_with_the_step(train, tmp_path):
+    error = error_of(train(tmp_path / "run", "--config.optimizer.learning_rate=1e30"))
+    assert "training diverged at step" in error
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_full_disk_stops_with_one_error_and_keeps_complete_checkpoints(train, undisturbed, tmp_path):
+    workdir = pathlib.Path(shutil.copytree(undisturbed[0], tmp_path / "run"))
+    shutil.rmtree(workdir / "checkpoints" / "33")
+    # Files above 20 kB cannot be written: a checkpoint's tensors.
+    error = error_of(train(workdir, limit_file_size=20_000, env={"JAX_ENABLE_COMPILATION_CACHE": "false"}))
+    assert f"cannot write to the workdir {workdir}" in error
+    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()} == {"22"}
+    assert train(workdir).returncode == 0
+    assert_equal_bit_for_bit(workdir, undisturbed[0])
+
+
+def test_the_workdir_of_another_config_is_refused_with_what_differs(train, undisturbed):
+    error = error_of(train(undisturbed[0], "--config.model.mlp_ratio=3.0", "--config.seed=1"))
+    assert "config.model.mlp_ratio is 2.0 there, 3.0 now" in error
+    assert "config.seed is 0 there, 1 now" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--config.model.name=sret_tt"], "did you mean sret_t"),
+        (["--config.optimizer.larning_rate=1"], 'Did you mean "learning_rate"'),
+        (["--config.modle.name=sret_t"], 'Did you mean "model"'),
+        (["--config.epochs=many"], "invalid literal for int"),
+        (["--config.model.image_size=100"], "expected a multiple of 8"),
+        (["--config.model.slices=((4,2),(3,1),(1,1))"], "slices that do: 1, 2, 4"),
+        (["--config.batch_size=5000"], "choose a smaller batch"),
+        (["--config.data.source=imagenet2012"], "no dataset 'imagenet2012'"),
+        (["--config.data.train_split=trian"], "no split 'trian'"),
+        (["--config.mesh.data=3"], "there are 1 devices"),
+        (["--config.augment.flip=2.0"], "config.augment.flip is 2.0"),
+        (["--unknown=1"], "Unknown command line flag 'unknown'"),
+        (["stray"], "unknown arguments stray"),
+    ],
+)
+def test_a_users_mistake_gives_one_clear_error(train, tmp_path, flags, expected):
+    result = train(tmp_path / "run", *flags)
+    assert expected in error_of(result) + result.stdout
+
+
+def test_a_config_file_that_does_not_exist_is_named(train, tmp_path):
+    assert "configs/nope.py" in error_of(train(tmp_path / "run", config="configs/nope.py"))
+
+
+def test_a_workdir_that_is_no_folder_is_refused(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to the workdir" in error_of(train(tmp_path / "file" / "run"))
