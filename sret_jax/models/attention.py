@@ -33,7 +33,7 @@ class SlicedAttention(nn.Module):
         batch, tokens, width = x.shape
         head_width = width // self.heads
         if permutation is not None:
-            x = jnp.take(x, permutation, axis=1, mode="clip")
+            x = jnp.take(x, permutation, axis=1, mode="clip", unique_indices=True)
 
         qkv = dense(3 * width, width, self.dtype, "qkv")(x)
         # b (g m) (3 h d) -> 3 b g h m d. Heads stand in front of the tokens: in the middle, XLA's products are half
@@ -48,6 +48,6 @@ class SlicedAttention(nn.Module):
         x = x.transpose(0, 1, 3, 2, 4).reshape(batch, tokens, width)
 
         if permutation is not None:
-            x = jnp.take(x, jnp.argsort(permutation), axis=1, mode="clip")
+            x = jnp.take(x, jnp.argsort(permutation), axis=1, mode="clip", unique_indices=True)
         x = dense(width, width, self.dtype, "proj")(x)
         return nn.Dropout(self.drop_rate, deterministic=not train)(x)

@@ -12,7 +12,7 @@ from sret_jax.errors import UserError
 from sret_jax.models.layers import Pool, Stem, dense, layer_norm
 from sret_jax.models.recursion import Stage
 
-# Above this many applications of blocks, `scan_unroll=None` keeps the scans rolled: the published networks have 20.
+# Above this many applications of blocks, scans stay rolled unless told otherwise: the published networks have 20.
 MOST_UNROLLED_APPLICATIONS = 64
 
 Permutations = Sequence[jax.Array | None]
@@ -42,8 +42,9 @@ class SReT(nn.Module):
       dtype: compute dtype, float32 or bfloat16. float32 is computed as float32 on every device, without the
         bfloat16 or TF32 products that TPUs and GPUs use by default.
       remat: recompute each application in the backward pass instead of keeping its activations.
-      scan_unroll: unroll the scans over blocks and applications: faster and smaller in training, longer to compile.
-        None unrolls networks of up to 64 applications.
+      scan_unroll: unroll the scans over blocks and applications, which takes longer to compile. None unrolls networks
+        of up to 64 applications on accelerators, where it is faster and takes a quarter of the memory in training; on
+        CPUs, XLA's fusions make unrolled training half as fast.
 
     Raises:
       UserError: fields that do not fit together; the message names what would.
@@ -82,7 +83,9 @@ class SReT(nn.Module):
     def setup(self) -> None:
         """Create the parts in the order of the data flow."""
         depth = self.applications
-        unroll = self.scan_unroll if self.scan_unroll is not None else sum(depth) <= MOST_UNROLLED_APPLICATIONS
+        unroll = self.scan_unroll
+        if unroll is None:
+            unroll = jax.default_backend() != "cpu" and sum(depth) <= MOST_UNROLLED_APPLICATIONS
         width, size = self.widths[0], self.grid_sizes[0]
 
         self.stem = Stem(width, self.dtype)

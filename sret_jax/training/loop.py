@@ -191,13 +191,20 @@ def _not_finite(step: int, metrics: Mapping[str, Any], checkpoints: Checkpoints)
 
 def _facts(config: ConfigDict, model: SReT, mesh: Mesh, train_source: Source, eval_source: Source) -> dict[str, Any]:
     device = mesh.devices.flat[0]
+    named = create_model(config.model.name)
+    changes = [
+        f"{field} {getattr(model, field)}"
+        for field in ("widths", "heads", "blocks", "recursions", "slices", "mlp_ratio", "nll_ratio", "drop_path_rate")
+        if getattr(model, field) != getattr(named, field)
+    ]
     return {
-        "model": config.model.name,
-        "image_size": f"{model.image_size} × {model.image_size}",
+        "model": config.model.name + (", changed" if changes else ""),
+        "images": f"{model.image_size} × {model.image_size} pixels, {model.num_classes} classes",
         "parameters": count_params(model),
         "MACs_per_image": count_macs(model),
         "compute": f"{mesh.devices.size} × {device.device_kind}, {jax.numpy.dtype(model.dtype).name}",
         "training_images": f"{train_source.name}: {len(train_source.examples):,}",
         "test_images": f"{eval_source.name}: {len(eval_source.examples):,}",
         "seed": config.seed,
+        **({"changed": ", ".join(changes)} if changes else {}),
     }

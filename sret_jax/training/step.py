@@ -102,7 +102,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "learning_rate": schedule(state.step),
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
         }
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics

@@ -70,6 +70,13 @@ def run(trainer, eps):
     return losses, state
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def one():
     return Trainer(1)

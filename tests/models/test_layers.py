@@ -1,0 +1,294 @@
+"""The parts of the network against NumPy, closed forms and XLA's own convolution."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sret_jax.models.attention import SlicedAttention
+from sret_jax.models.layers import MLP, BatchNorm, NonLinearProjection, Pool, drop_path, layer_norm
+from tests.models import numpy_sret
+from tests.models.jaxprs import operations
+
+
+def _normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+def _official_mlp(params) -> dict[str, np.ndarray]:
+    weights = {f"mlp.{fc}.weight": np.asarray(layer["kernel"]).T for fc, layer in params.items()}
+    return weights | {f"mlp.{fc}.bias": np.asarray(layer["bias"]) for fc, layer in params.items()}
+
+
+@pytest.fixture
+def batch_norm_variables():
+    running = {"mean": _normal(3, seed=1), "var": np.exp(_normal(3, seed=2)), "batches": np.array(7, np.int32)}
+    return {"params": {"scale": _normal(3, seed=3), "bias": _normal(3, seed=4)}, "batch_stats": running}
+
+
+def test_batch_norm_normalises_with_running_statistics_in_evaluation(batch_norm_variables) -> None:
+    x = 2 + 3 * _normal(4, 5, 6, 3)
+    y, updates = BatchNorm().apply(batch_norm_variables, x, train=False, mutable=["batch_stats"])
+
+    params, running = batch_norm_variables["params"], batch_norm_variables["batch_stats"]
+    expected = (x - running["mean"]) / np.sqrt(running["var"] + 1e-5) * params["scale"] + params["bias"]
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)  # rounding of float32
+    jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], running)
+
+
+def test_batch_norm_epsilon_is_1e_5(batch_norm_variables) -> None:
+    batch_norm_variables["batch_stats"]["var"] = np.zeros(3, np.float32)
+    y = BatchNorm().apply(batch_norm_variables, _normal(2, 3), train=False)
+    params, running = batch_norm_variables["params"], batch_norm_variables["batch_stats"]
+    expected = (_normal(2, 3) - running["mean"]) / np.sqrt(1e-5) * params["scale"] + params["bias"]
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)  # rounding of float32 at values near 1000
+
+
+def test_batch_norm_trains_with_the_batchs_statistics_and_keeps_unbiased_variance(batch_norm_variables) -> None:
+    x = 2 + 3 * _normal(2, 2, 3, 3)  # 12 values a channel: biased and unbiased variance differ by 9 %
+    y, updates = BatchNorm().apply(batch_norm_variables, x, train=True, mutable=["batch_stats"])
+
+    params, running = batch_norm_variables["params"], batch_norm_variables["batch_stats"]
+    mean, biased = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    expected = (x - mean) / np.sqrt(biased + 1e-5) * params["scale"] + params["bias"]
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)  # rounding of float32
+
+    updated = updates["batch_stats"]
+    np.testing.assert_allclose(updated["mean"], 0.9 * running["mean"] + 0.1 * mean, rtol=1e-5)
+    unbiased = x.reshape(-1, 3).var(0, ddof=1)
+    np.testing.assert_allclose(updated["var"], 0.9 * running["var"] + 0.1 * unbiased, rtol=1e-5)
+    assert updated["batches"] == 8
+    assert updated["batches"].dtype == np.int32
+
+
+def test_batch_norm_of_one_value_a_channel_keeps_finite_statistics(batch_norm_variables) -> None:
+    _, updates = BatchNorm().apply(batch_norm_variables, _normal(1, 3), train=True, mutable=["batch_stats"])
+    before = batch_norm_variables["batch_stats"]["var"]
+    np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 * before, rtol=1e-6)  # one product of float32
+
+
+def test_batch_norm_is_not_moved_by_initialisation() -> None:
+    variables = BatchNorm().init(jax.random.key(0), 5 + _normal(4, 3), train=True)
+    np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(3))
+    np.testing.assert_array_equal(variables["batch_stats"]["var"], np.ones(3))
+    assert variables["batch_stats"]["batches"] == 0
+    np.testing.assert_array_equal(variables["params"]["scale"], np.ones(3))
+    np.testing.assert_array_equal(variables["params"]["bias"], np.zeros(3))
+
+
+def test_batch_norm_takes_statistics_in_float32_of_bfloat16_input(batch_norm_variables) -> None:
+    # 4096 values near 100, whose spacing in bfloat16 is 0.5: a sum in bfloat16 would stop growing at 256.
+    x = jnp.asarray(100 + _normal(4096, 3), jnp.bfloat16)
+    y, updates = BatchNorm(dtype=jnp.bfloat16).apply(batch_norm_variables, x, train=True, mutable=["batch_stats"])
+
+    exact = np.asarray(x, np.float64)
+    running = batch_norm_variables["batch_stats"]
+    assert y.dtype == jnp.bfloat16
+    # rounding of float32 in sums of 4096
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.9 * running["mean"] + 0.1 * exact.mean(0), rtol=1e-5)
+    expected = 0.9 * running["var"] + 0.1 * exact.var(0, ddof=1)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("multiplier", [1, 2, 3])
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 5), (6, 3), (1, 2)])
+def test_pool_and_its_gradients_are_those_of_a_depthwise_convolution(height: int, width: int, multiplier: int) -> None:
+    x = _normal(2, height, width, 3)
+    params = {"kernel": _normal(3, 3, 1, 3 * multiplier, seed=1), "bias": _normal(3 * multiplier, seed=2)}
+    cotangent = _normal(2, (height + 1) // 2, (width + 1) // 2, 3 * multiplier, seed=3)
+
+    def convolve(params, x):
+        y = jax.lax.conv_general_dilated(
+            x,
+            params["kernel"],
+            window_strides=(2, 2),
+            padding=((1, 1), (1, 1)),
+            feature_group_count=3,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return y + params["bias"]
+
+    def pool(params, x):
+        return Pool(3 * multiplier).apply({"params": params}, x)
+
+    expected, expected_pullback = jax.vjp(convolve, params, x)
+    y, pullback = jax.vjp(pool, params, x)
+    # Sums of 9 products forwards and of up to 18 backwards, in another order: rounding of float32.
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for found, wanted in zip(
+        jax.tree.leaves(pullback(cotangent)), jax.tree.leaves(expected_pullback(cotangent)), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_pool_uses_no_convolution_of_xlas() -> None:
+    x = _normal(1, 4, 4, 3)
+    variables = jax.eval_shape(Pool(6).init, jax.random.key(0), x)
+    assert "conv_general_dilated" not in {
+        equation.primitive.name for equation, _ in operations(Pool(6).apply, variables, x)
+    }
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_sliced_attention_equals_a_loop_over_groups_and_heads(groups: int, permuted: bool) -> None:
+    batch, tokens, width, heads = 3, 12, 8, 2
+    x = _normal(batch, tokens, width)
+    params = {
+        "qkv": {"kernel": _normal(width, 3 * width, seed=1), "bias": _normal(3 * width, seed=2)},
+        "proj": {"kernel": _normal(width, width, seed=3), "bias": _normal(width, seed=4)},
+    }
+    # Not its own inverse, so that undoing it the wrong way shows.
+    order = np.roll(np.random.RandomState(5).permutation(tokens), 1) if permuted else np.arange(tokens)
+    assert permuted == (not np.array_equal(order[order], np.arange(tokens)))
+
+    y = SlicedAttention(heads).apply({"params": params}, x, groups, jnp.asarray(order) if permuted else None, False)
+
+    attended = numpy_sret.attention(
+        x.astype(np.float64), params["qkv"]["kernel"].T, params["qkv"]["bias"], heads, groups, order
+    )
+    expected = attended @ params["proj"]["kernel"] + params["proj"]["bias"]
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-5)  # rounding of float32 at values near 10
+
+
+def test_sliced_attention_mixes_tokens_within_groups_only() -> None:
+    # Derivative of every token's output by every token's input, groups of three in a shuffled order.
+    tokens, order = 6, np.array([4, 0, 3, 1, 5, 2])
+    attention = SlicedAttention(heads=1)
+    params = {
+        "qkv": {"kernel": _normal(4, 12, seed=1), "bias": _normal(12, seed=2)},
+        "proj": {"kernel": _normal(4, 4, seed=3), "bias": _normal(4, seed=4)},
+    }
+    jacobian = jax.jacobian(lambda x: attention.apply({"params": params}, x, 2, jnp.asarray(order), False)[0])
+    influence = np.abs(jacobian(_normal(1, tokens, 4))).sum((1, 2, 4)) > 0
+
+    group = np.empty(tokens, int)
+    group[order] = np.arange(tokens) // 3
+    np.testing.assert_array_equal(influence, group[:, None] == group[None])
+
+
+def test_attention_dropout_drops_weights_and_scales_the_rest() -> None:
+    # One token a group attends to itself with weight 1: a head's output is its value times 0 or 1 / (1 − rate).
+    x, rate = np.ones((64, 16, 4), np.float32), 0.25
+    kernel = np.concatenate([np.zeros((4, 8)), np.eye(4)], axis=1).astype(np.float32)
+    params = {
+        "qkv": {"kernel": kernel, "bias": np.zeros(12, np.float32)},
+        "proj": {"kernel": np.eye(4, dtype=np.float32), "bias": np.zeros(4, np.float32)},
+    }
+    attention = SlicedAttention(heads=2, attn_drop_rate=rate)
+    y = attention.apply({"params": params}, x, 16, None, True, rngs={"dropout": jax.random.key(0)})
+
+    by_head = np.asarray(y).reshape(64, 16, 2, 2)
+    np.testing.assert_array_equal(by_head[..., 0], by_head[..., 1])
+    np.testing.assert_allclose(np.unique(by_head), [0, 1 / (1 - rate)], rtol=1e-6)  # one division of float32
+    # 2048 draws: four standard deviations of their mean are 4 · sqrt(0.25 · 0.75 / 2048).
+    assert abs((by_head[..., 0] == 0).mean() - rate) < 0.039
+    np.testing.assert_array_equal(attention.apply({"params": params}, x, 16, None, False), x)
+
+
+def test_output_dropout_of_attention_drops_elements_and_scales_the_rest() -> None:
+    x, rate = _normal(8, 16, 8), 0.25
+    attention = SlicedAttention(heads=2, drop_rate=rate)
+    variables = attention.init(jax.random.key(0), x, 1, None, False)
+    kept = np.asarray(attention.apply(variables, x, 1, None, False))
+    y = np.asarray(attention.apply(variables, x, 1, None, True, rngs={"dropout": jax.random.key(1)}))
+
+    # 1024 draws: four standard deviations of their mean are 4 · sqrt(0.25 · 0.75 / 1024).
+    assert abs((y == 0).mean() - rate) < 0.055
+    np.testing.assert_allclose(y[y != 0], (kept / (1 - rate))[y != 0], rtol=1e-5)  # rounding of float32
+
+
+def test_drop_path_of_rate_zero_changes_nothing() -> None:
+    x = _normal(5, 4, 3)
+    np.testing.assert_array_equal(drop_path(x, 0.0, jax.random.key(0)), x)
+
+
+def test_drop_path_zeroes_whole_examples_and_keeps_the_mean() -> None:
+    x, rate = 1 + np.abs(_normal(4096, 2, 3)), 0.3
+    y = np.asarray(jax.jit(drop_path)(jnp.asarray(x), rate, jax.random.key(0)))  # the rate is traced
+
+    kept = (y != 0).any((1, 2))
+    np.testing.assert_array_equal(y[~kept], 0)
+    np.testing.assert_allclose(y[kept], x[kept] / 0.7, rtol=1e-6)  # one division of float32
+    # Four standard deviations of the mean of 4096 draws: 4 · sqrt(0.3 · 0.7 / 4096).
+    assert abs(kept.mean() - 0.7) < 0.029
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_drop_path_keeps_the_dtype(dtype) -> None:
+    x = jnp.ones((8, 2), dtype)
+    assert drop_path(x, jnp.float32(0.5), jax.random.key(0)).dtype == dtype
+
+
+def test_layer_norm_epsilon_is_1e_6() -> None:
+    # The variance is about epsilon, so that 1e-5 or 1e-7 would change the result by a factor.
+    x = 1e-3 * _normal(5, 8)
+    variables = {"params": {"scale": _normal(8, seed=1), "bias": _normal(8, seed=2)}}
+    expected = numpy_sret.layer_norm(x.astype(np.float64), variables["params"]["scale"], variables["params"]["bias"])
+    np.testing.assert_allclose(layer_norm(jnp.float32).apply(variables, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_norm_does_not_cancel_far_from_zero() -> None:
+    # E[x²] is 1e6 here, which float32 holds to 0.06: E[x²] − E[x]² would lose the variance of 1.
+    x = 1000 + _normal(5, 64)
+    variables = {"params": {"scale": np.ones(64, np.float32), "bias": np.zeros(64, np.float32)}}
+    expected = numpy_sret.layer_norm(x.astype(np.float64), 1, 0)
+    # The mean is rounded by up to 1000 · 6e-8 · a few.
+    np.testing.assert_allclose(layer_norm(jnp.float32).apply(variables, x), expected, rtol=0, atol=5e-4)
+
+
+def test_layer_norm_of_bfloat16_takes_statistics_in_float32() -> None:
+    x = jnp.asarray(100 + 4 * _normal(5, 512), jnp.bfloat16)
+    variables = {"params": {"scale": np.ones(512, np.float32), "bias": np.zeros(512, np.float32)}}
+    y = layer_norm(jnp.bfloat16).apply(variables, x)
+    assert y.dtype == jnp.bfloat16
+    expected = numpy_sret.layer_norm(np.asarray(x, np.float64), 1, 0)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-4)  # rounding to bfloat16
+
+
+def test_mlp_uses_the_exact_gelu() -> None:
+    x = np.linspace(-4, 4, 33, dtype=np.float32)[:, None]
+    one = {"kernel": np.ones((1, 1), np.float32), "bias": np.zeros(1, np.float32)}
+    y = MLP(hidden=1).apply({"params": {"fc1": one, "fc2": one}}, x, train=False)
+    expected = [v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x[:, 0].tolist()]
+    # Rounding of float32; the tanh approximation is wrong by up to 5e-4.
+    np.testing.assert_allclose(y[:, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mlp_equals_numpy() -> None:
+    x = _normal(2, 3, 4)
+    params = {
+        "fc1": {"kernel": _normal(4, 6, seed=1), "bias": _normal(6, seed=2)},
+        "fc2": {"kernel": _normal(6, 4, seed=3), "bias": _normal(4, seed=4)},
+    }
+    y = MLP(hidden=6).apply({"params": params}, x, train=False)
+    # rounding of float32 in sums of six products
+    np.testing.assert_allclose(y, numpy_sret.mlp(_official_mlp(params), x.astype(np.float64)), rtol=1e-5, atol=1e-5)
+
+
+def test_mlp_drops_hidden_units_and_outputs() -> None:
+    # Through identities and at 10, where GELU is the identity, an output is 0 or 10 / (1 − rate)².
+    x, rate = np.full((512, 4), 10, np.float32), 0.5
+    identity = {"kernel": np.eye(4, dtype=np.float32), "bias": np.zeros(4, np.float32)}
+    variables = {"params": {"fc1": identity, "fc2": identity}}
+    y = MLP(4, drop_rate=rate).apply(variables, x, train=True, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_allclose(np.unique(y), [0, 40], rtol=1e-5)  # rounding of float32
+    # Both must keep it: probability 1/4. Four standard deviations of 2048 draws: 4 · sqrt(0.25 · 0.75 / 2048).
+    assert abs((np.asarray(y) > 0).mean() - 0.25) < 0.039
+    np.testing.assert_allclose(MLP(4, drop_rate=rate).apply(variables, x, train=False), x, rtol=1e-6)
+
+
+def test_non_linear_projection_weighs_its_input_and_its_mlp() -> None:
+    x = _normal(2, 3, 4)
+    layer = NonLinearProjection(mlp_ratio=1.5)
+    params = layer.init(jax.random.key(0), x, False)["params"]
+    assert params["mlp"]["fc1"]["kernel"].shape == (4, 6)
+    normed = numpy_sret.layer_norm(x.astype(np.float64), params["norm"]["scale"], params["norm"]["bias"])
+    y = layer.apply({"params": params | {"coefficients": np.array([2, -3], np.float32)}}, x, False)
+    # rounding of float32 in sums of six products
+    np.testing.assert_allclose(
+        y, 2 * x - 3 * numpy_sret.mlp(_official_mlp(params["mlp"]), normed), rtol=1e-5, atol=1e-5
+    )

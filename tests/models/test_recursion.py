@@ -1,0 +1,43 @@
+"""What the scans give to each application of a block: here, dropout of its own."""
+
+import jax
+import numpy as np
+
+from sret_jax.models.recursion import Stage
+from tests.models import quick
+
+
+def test_every_application_of_every_block_drops_by_itself() -> None:
+    # Blocks do nothing. Projection layer r of block b adds 10**(3b + r) times 0 or 2, so that each digit of the output
+    # tells what one of them dropped.
+    stage = Stage(
+        blocks=2,
+        heads=1,
+        recursions=3,
+        slices=(1, 1),
+        mlp_ratio=1,
+        nll_ratio=1,
+        drop_path_rates=(0, 0),
+        drop_rate=0.5,
+        unroll=False,
+    )
+    x = np.zeros((16, 16, 8), np.float32)
+    shapes = jax.eval_shape(lambda: stage.init(jax.random.key(0), x, None, False))["params"]["blocks"]
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    params["block"]["coefficients"][:] = [1, 0, 1, 0]
+    params["nlls"]["coefficients"][:] = 1
+    params["nlls"]["mlp"]["fc2"]["bias"][:] = 10.0 ** np.arange(6).reshape(2, 3, 1)
+
+    run = quick.jit(lambda key: stage.apply({"params": {"blocks": params}}, x, None, True, rngs={"dropout": key}))
+    y = np.asarray(run(jax.random.key(0)))
+    digits = np.stack([y // 10**i % 10 for i in range(6)])
+
+    np.testing.assert_array_equal(np.unique(digits), [0, 2])
+    kept = digits > 0
+    # 2048 draws each: four standard deviations of a mean are 4 · 0.5 / sqrt(2048).
+    tolerance = 4 * 0.5 / np.sqrt(2048)
+    for i in range(6):
+        assert abs(kept[i].mean() - 0.5) < tolerance
+        for j in range(i):
+            assert abs((kept[i] == kept[j]).mean() - 0.5) < tolerance, (i, j)
+    assert abs((np.asarray(run(jax.random.key(1))) == y).mean() - 0.5**6) < tolerance
