@@ -1,6 +1,8 @@
 """The Sliced Recursive Transformer (Shen, Liu, Xing, ECCV 2022, arXiv 2111.05297)."""
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +16,9 @@ from sret_jax.models.recursion import Stage
 
 # Above this many applications of blocks, scans stay rolled unless told otherwise: the published networks have 20.
 MOST_UNROLLED_APPLICATIONS = 64
+
+RATES = ("drop_path_rate", "drop_rate", "attn_drop_rate")
+PER_STAGE = ("widths", "heads", "blocks", "recursions", "slices")
 
 Permutations = Sequence[jax.Array | None]
 
@@ -67,6 +72,9 @@ class SReT(nn.Module):
     scan_unroll: bool | None = None
 
     def __post_init__(self) -> None:
+        for name in PER_STAGE:
+            # Tuples, as lists from a config or JSON cannot be hashed, and a module is a static argument of jit.
+            object.__setattr__(self, name, _tuples(getattr(self, name)))
         _check_fields(self)
         super().__post_init__()
 
@@ -145,6 +153,7 @@ class SReT(nn.Module):
     ) -> jax.Array:
         """What the head sees: float32 (batch, widths[-1]), after the last norm. Arguments as in a call."""
         self._check_images(images)
+        self._check_dropout_rng(train)
         stage_permutations = self._stage_permutations(permutations, train)
         x = self.stem(images, train) + self.pos_embed.astype(self.dtype)
         x = self.pos_drop(x, deterministic=not train)
@@ -169,6 +178,14 @@ class SReT(nn.Module):
                 f"standard deviation that the model was trained with"
             )
 
+    def _check_dropout_rng(self, train: bool) -> None:
+        rates = {name: getattr(self, name) for name in RATES if getattr(self, name) > 0}
+        if train and rates and not self.has_rng("dropout") and not self.is_initializing():
+            raise UserError(
+                f"training with {', '.join(f'{name}={rate}' for name, rate in rates.items())} draws at random: pass "
+                f'rngs={{"dropout": key}}, or create the model with these rates at 0'
+            )
+
     def _stage_permutations(self, given: Permutations | None, train: bool) -> list[jax.Array | None]:
         """Permutations of each stage's later applications, (blocks, recursions − 1, tokens); None: raster order."""
         shapes = [
@@ -178,10 +195,12 @@ class SReT(nn.Module):
             )
         ]
         if given is not None:
-            found = [None if p is None else tuple(p.shape) for p in given]
-            if found != shapes:
-                raise UserError(f"permutations have shapes {found}, expected {shapes}")
-            return list(given)
+            arrays = [None if p is None else jnp.asarray(p) for p in given]
+            found = [None if p is None else p.shape for p in arrays]
+            if found != shapes or any(p is not None and not jnp.issubdtype(p.dtype, jnp.integer) for p in arrays):
+                dtypes = [None if p is None else p.dtype.name for p in arrays]
+                raise UserError(f"permutations have shapes {found} and dtypes {dtypes}, expected {shapes} and int32")
+            return arrays
         if not any(shapes):
             return [None] * len(shapes)
         if self.has_rng("permutation"):
@@ -212,37 +231,55 @@ def _draw(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     return jax.vmap(jax.vmap(lambda key: jax.random.permutation(key, tokens)))(keys)
 
 
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
 def _check_fields(model: SReT) -> None:
-    per_stage = {name: len(getattr(model, name)) for name in ("widths", "heads", "blocks", "recursions", "slices")}
+    for name in PER_STAGE:
+        if not isinstance(getattr(model, name), tuple):
+            raise UserError(f"{name} is {getattr(model, name)!r}, expected one value for each stage, in a tuple")
+    per_stage = {name: len(getattr(model, name)) for name in PER_STAGE}
     if len(set(per_stage.values())) != 1 or not model.widths:
         raise UserError(f"one value for each stage is needed, of as many stages everywhere, but there are {per_stage}")
     for name in ("widths", "heads", "blocks", "recursions"):
-        if any(value < 1 for value in getattr(model, name)):
+        if not all(_is_count(value) for value in getattr(model, name)):
             raise UserError(f"{name} is {getattr(model, name)}, expected whole numbers of at least 1")
-    if any(len(pair) != 2 or min(pair) < 1 for pair in model.slices):
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_count, pair)) for pair in model.slices):
         raise UserError(
             f"slices is {model.slices}, expected two whole numbers of at least 1 for each stage: the groups in a "
             f"block's first application, and in each later one"
         )
+    if not isinstance(model.image_size, int | np.integer):
+        raise UserError(f"image_size is {model.image_size!r}, expected a whole number: height and width in pixels")
+    if model.num_classes != 0 and not _is_count(model.num_classes):
+        raise UserError(f"num_classes is {model.num_classes!r}, expected a whole number, 0 for features")
     for width, heads in zip(model.widths, model.heads, strict=True):
         if width % heads:
             raise UserError(
                 f"widths {model.widths} must be multiples of heads {model.heads}: {heads} does not divide {width}"
             )
-    for before, after in zip(model.widths, model.widths[1:], strict=False):
+    for before, after in itertools.pairwise(model.widths):
         if after % before:
             raise UserError(
                 f"widths is {model.widths}, but each must be a multiple of the one before, because pooling is a "
                 f"depthwise convolution: {after} is not one of {before}"
             )
-    for name in ("drop_path_rate", "drop_rate", "attn_drop_rate"):
+    for name in ("mlp_ratio", "nll_ratio"):
+        if int(min(model.widths) * getattr(model, name)) < 1:
+            raise UserError(f"{name} is {getattr(model, name)}, which leaves no hidden channel: give a larger one")
+    if model.widths[0] < 2:
+        raise UserError(f"widths is {model.widths}, but the stem begins with half of the first: give at least 2")
+    for name in RATES:
         if not 0 <= getattr(model, name) < 1:
             raise UserError(f"{name} is {getattr(model, name)}, expected a probability, at least 0 and below 1")
-    if jnp.dtype(model.dtype) not in (jnp.float32, jnp.bfloat16):
-        raise UserError(f"dtype is {jnp.dtype(model.dtype)}, expected float32 or bfloat16")
-    if model.num_classes < 0:
-        raise UserError(f"num_classes is {model.num_classes}, expected 0 (features) or more")
+    if str(getattr(model.dtype, "__name__", model.dtype)) not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {model.dtype!r}, expected float32 or bfloat16")
     _check_division(model)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 1)
 
 
 def _check_division(model: SReT) -> None:

@@ -93,7 +93,7 @@ def create_model(name: str, **fields: Any) -> SReT:
     for field in fields:
         if field not in known:
             raise UserError(f"models have no field {field!r}; {_nearest(field, known)}")
-    return SReT(**{**published.fields, **{field: _tuples(value) for field, value in fields.items()}})
+    return SReT(**{**published.fields, **fields})
 
 
 def _find(name: str) -> str:
@@ -105,10 +105,7 @@ def _find(name: str) -> str:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    words = set(name.split("_"))
+    nearest = [candidate for candidate in known if words <= set(candidate.split("_"))]
+    nearest = nearest[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     return f"did you mean {' or '.join(nearest)}?" if nearest else f"there are {', '.join(known)}"
-
-
-def _tuples(value: Any) -> Any:
-    """Lists, as configs and JSON give them, become the tuples that a Linen module keeps."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value

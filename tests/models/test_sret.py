@@ -615,6 +615,7 @@ def test_images_of_whole_numbers_are_refused(dtype) -> None:
         pytest.param((np.zeros((2, 2, 16), np.int32), None), id="a stage too many"),
         pytest.param((np.zeros((2, 3, 16), np.int32),), id="first application included"),
         pytest.param((np.zeros((2, 2, 4), np.int32),), id="other tokens"),
+        pytest.param((np.zeros((2, 2, 16), np.float32),), id="floating"),
     ],
 )
 def test_permutations_of_another_shape_are_refused(permutations) -> None:
@@ -660,6 +661,21 @@ def test_slices_that_do_not_divide_name_those_that_do() -> None:
         sret_jax.create_model("sret_t", slices=((8, 2), (groups, groups), (1, 1)))
 
 
+def test_lists_become_tuples_so_that_a_model_can_be_hashed() -> None:
+    model = sret_jax.SReT(widths=[64, 128, 256], slices=[[8, 2], [4, 1], [1, 1]])
+    assert hash(model) == hash(sret_jax.SReT())
+    assert model == sret_jax.SReT()
+
+
+@pytest.mark.parametrize("rate", ["drop_path_rate", "drop_rate", "attn_drop_rate"])
+def test_training_with_a_rate_above_zero_needs_the_dropout_rng(rate: str) -> None:
+    model = _small(slices=((1, 1),), **{rate: 0.1})
+    train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    with pytest.raises(sret_jax.UserError, match=rf'{rate}=0\.1.*pass rngs=\{{"dropout": key\}}'):
+        jax.eval_shape(train, *_shapes(model))
+    jax.eval_shape(functools.partial(train, rngs={"dropout": _key(0)}), *_shapes(model))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -679,9 +695,19 @@ def test_slices_that_do_not_divide_name_those_that_do() -> None:
         ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
         ({"drop_rate": 1.5}, "drop_rate is 1.5"),
         ({"attn_drop_rate": float("nan")}, "attn_drop_rate is nan"),
-        ({"dtype": jnp.float16}, "dtype is float16, expected float32 or bfloat16"),
-        ({"dtype": "float64"}, "dtype is float64, expected float32 or bfloat16"),
-        ({"num_classes": -1}, "num_classes is -1, expected 0"),
+        ({"dtype": jnp.float16}, "dtype is .*float16.*, expected float32 or bfloat16"),
+        ({"dtype": "float64"}, "dtype is 'float64', expected float32 or bfloat16"),
+        ({"dtype": "foo"}, "dtype is 'foo', expected float32 or bfloat16"),
+        ({"dtype": None}, "dtype is None, expected float32 or bfloat16"),
+        ({"num_classes": -1}, "num_classes is -1, expected a whole number"),
+        ({"num_classes": 1.5}, "num_classes is 1.5, expected a whole number"),
+        ({"image_size": "224"}, "image_size is '224', expected a whole number"),
+        ({"recursions": (2.5, 2, 2)}, "expected whole numbers of at least 1"),
+        ({"widths": 64}, "widths is 64, expected one value for each stage"),
+        ({"slices": (8, 4, 1)}, "expected two whole numbers of at least 1 for each stage"),
+        ({"mlp_ratio": 0}, "mlp_ratio is 0, which leaves no hidden channel"),
+        ({"nll_ratio": -1.0}, "nll_ratio is -1.0, which leaves no hidden channel"),
+        ({"widths": (1, 2, 4), "heads": (1, 1, 1)}, "give at least 2"),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -122,7 +122,12 @@ def test_dtypes_by_name_trace_the_same_program() -> None:
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("sret_tt", "sret_t"), ("SReT_S_without_slice", "sret_s_wo_slice"), ("sret_lt_distil", "sret_lt_distill")],
+    [
+        ("sret_tt", "sret_t"),
+        ("SReT_S_without_slice", "sret_s_wo_slice"),
+        ("sret_lt_distil", "sret_lt_distill"),
+        ("sret_s_384", "sret_s_wo_slice_distill_384"),
+    ],
 )
 def test_an_unknown_model_names_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(sret_jax.UserError) as error:
