@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -41,21 +40,14 @@ def command(workdir, *flags, config="tests/training/tiny_run.py"):
 
 @pytest.fixture(scope="module")
 def train(environment):
-    def run(workdir, *flags, limit_file_size=None, **options):
-        def limit():
-            if limit_file_size:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_size, limit_file_size))
-
-        settings = {**environment, **options.pop("env", {})}
-        return subprocess.run(
-            command(workdir, *flags, **options),
-            cwd=ROOT,
-            env=settings,
-            capture_output=True,
-            text=True,
-            preexec_fn=limit,
-            timeout=600,
-        )
+    def run(workdir, *flags, limit_file_size=None, env=None, **options):
+        arguments = command(workdir, *flags, **options)
+        if limit_file_size:
+            limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_file_size}, {limit_file_size}))"
+            start = f"import os, resource, sys; {limit}; os.execv(sys.argv[1], sys.argv[1:])"
+            arguments = [sys.executable, "-c", start, *arguments]
+        settings = {**environment, **(env or {})}
+        return subprocess.run(arguments, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=600)
 
     return run
 

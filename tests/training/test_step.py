@@ -109,7 +109,7 @@ def test_with_the_recipes_eps_only_what_has_no_gradient_moves_otherwise(one, eig
         if name.endswith("qkv.bias"):  # softmax does not see key biases: their true gradient is zero too
             width = len(expected[name]) // 3
             compared = np.r_[:width, 2 * width : 3 * width]
-        difference = np.abs(np.float64(found[name]) - expected[name])[compared]
+        difference = np.abs(np.float64(np.atleast_1d(found[name])) - expected[name])[compared]
         differing, total = differing + (difference > 1e-5).sum(), total + difference.size
     # A single weight whose gradient happens to be rounding noise in one step moves by up to a whole step.
     assert differing < 1e-3 * total
