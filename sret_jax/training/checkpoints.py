@@ -86,7 +86,7 @@ class Checkpoints:
         """The latest undamaged checkpoint: the state and the evaluation that `save` got; None if there has been none.
 
         Args:
-          like: a state with the shapes, dtypes and shardings wanted.
+          like: the shapes, dtypes and shardings wanted, as `abstract_state` gives them.
           say: called with a line for a person, for each damaged checkpoint.
 
         Raises:
@@ -161,7 +161,7 @@ class Checkpoints:
 
     def _restore(self, step: int, like: TrainState) -> Any:
         self._check_sums(step)
-        state = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+        state = ocp.args.StandardRestore(like)
         return self._manager.restore(step, args=ocp.args.Composite(state=state, evaluation=ocp.args.JsonRestore()))
 
     def _check_sums(self, step: int) -> None:

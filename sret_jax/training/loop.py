@@ -20,7 +20,15 @@ from sret_jax.training.config import check_config, identity
 from sret_jax.training.mesh import make_mesh, put_batch
 from sret_jax.training.optimizer import Schedule, adamw, warmup_cosine
 from sret_jax.training.report import Report
-from sret_jax.training.step import Augmentation, Metrics, TrainState, init_state, make_eval_step, make_train_step
+from sret_jax.training.step import (
+    Augmentation,
+    Metrics,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 
 Evaluate = Callable[[TrainState], dict[str, float]]
 
@@ -50,11 +58,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     schedule, optimizer = make_optimizer(config, epoch_steps)
     train_step = make_train_step(model, optimizer, schedule, Augmentation(**config.augment), config.seed, mesh)
     evaluate = make_evaluation(config, model, eval_source, mesh)
-    state = init_state(model, optimizer, config.seed, mesh)
 
     with Checkpoints(workdir, keep=config.checkpoint.keep, identity=identity(config)) as checkpoints:
         damaged: list[str] = []
-        state, evaluation = checkpoints.restore_latest(state, damaged.append) or (state, {})
+        restored = checkpoints.restore_latest(abstract_state(model, optimizer, mesh), damaged.append)
+        state, evaluation = restored or (init_state(model, optimizer, config.seed, mesh), {})
         first_step = int(state.step)
         report = Report(
             workdir,

@@ -54,7 +54,19 @@ class Augmentation:
 
 def init_state(model: SReT, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
     """The state before the first step, the same on every device."""
+    return jax.jit(_initializer(model, optimizer, seed), out_shardings=replicated(mesh))()
 
+
+def abstract_state(model: SReT, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """What a state consists of, `jax.ShapeDtypeStruct`s with shardings: to restore one without making one."""
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
+
+    return jax.tree.map(placed, jax.eval_shape(_initializer(model, optimizer, seed=0)))
+
+
+def _initializer(model: SReT, optimizer: optax.GradientTransformation, seed: int) -> Callable[[], TrainState]:
     def init() -> TrainState:
         images = jnp.zeros((1, model.image_size, model.image_size, 3))
         variables = model.init(jax.random.key(seed), images)
@@ -65,7 +77,7 @@ def init_state(model: SReT, optimizer: optax.GradientTransformation, seed: int, 
             opt_state=optimizer.init(variables["params"]),
         )
 
-    return jax.jit(init, out_shardings=replicated(mesh))()
+    return init
 
 
 def make_train_step(

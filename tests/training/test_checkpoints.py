@@ -27,6 +27,9 @@ def make_state(step):
     return jax.device_put(state, replicated(make_mesh({"data": -1}, 8)))
 
 
+LIKE = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(0))
+
+
 def open_checkpoints(workdir, identity=IDENTITY):
     return Checkpoints(str(workdir), keep=2, identity=identity)
 
@@ -48,7 +51,7 @@ def workdir(written, tmp_path):
 def restore(workdir):
     said = []
     with open_checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_latest(make_state(0), said.append), said
+        return checkpoints.restore_latest(LIKE, said.append), said
 
 
 def assert_is(restored, step):
@@ -116,7 +119,7 @@ def test_a_checkpoint_cut_short_before_its_checksums_were_written_is_noticed_too
 def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(workdir):
     cut(data_files(workdir)[0])
     with open_checkpoints(workdir) as checkpoints:
-        checkpoints.restore_latest(make_state(0), lambda _: None)
+        checkpoints.restore_latest(LIKE, lambda _: None)
         checkpoints.save(30, make_state(30), {"accuracy": 0.3})
     assert_is(restore(workdir)[0], 30)
 
