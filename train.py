@@ -38,11 +38,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = app.parse_flags_with_usage(argv)
         _CONFIG.value.keys()  # a file that does not load is reported when it is first used
-    except (AttributeError, KeyError, OSError) as error:
+    except (AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
         cause: BaseException = error
-        while isinstance(cause.args[0], BaseException):  # ml_collections wraps one in another
+        while cause.args and isinstance(cause.args[0], BaseException):  # ml_collections wraps one in another
             cause = cause.args[0]
-        sys.exit(f"error: --config: {str(cause.args[0]).strip()}")
+        sys.exit(f"error: --config: {str(cause.args[0] if cause.args else cause).strip()}")
     return rest
 
 

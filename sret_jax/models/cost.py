@@ -1,16 +1,13 @@
 """What a network costs: parameters and multiply-accumulates."""
 
 import jax
-import jax.numpy as jnp
 
-from sret_jax.models.sret import SReT
+from sret_jax.models.sret import SReT, variable_shapes
 
 
 def count_params(model: SReT) -> int:
     """Trainable parameters; a shared block counts once."""
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    return sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(model)["params"]))
 
 
 def count_macs(model: SReT) -> int:

@@ -136,7 +136,7 @@ class Pool(nn.Module):
         """See the class."""
         batch, height, width, channels = x.shape
         multiplier = self.features // channels
-        kernel = self.param("kernel", kernel_init_depthwise, (3, 3, 1, self.features), jnp.float32)
+        kernel = self.param("kernel", bias_init(9), (3, 3, 1, self.features), jnp.float32)
         bias = self.param("bias", bias_init(9), (self.features,), jnp.float32)
         # Output channel c·multiplier + m reads input channel c.
         weights = kernel.reshape(9, channels, multiplier).astype(self.dtype)
@@ -149,11 +149,6 @@ class Pool(nn.Module):
             shifted = padded[:, top : top + 2 * out_height - 1 : 2, left : left + 2 * out_width - 1 : 2]
             total += shifted[..., None] * weights[offset]
         return total.reshape(batch, out_height, out_width, self.features) + bias.astype(self.dtype)
-
-
-def kernel_init_depthwise(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """PyTorch's default for a depthwise 3×3 kernel, (3, 3, 1, features): its fan_in is 9."""
-    return bias_init(9)(key, shape, dtype)
 
 
 class MLP(nn.Module):

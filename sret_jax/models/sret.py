@@ -1,6 +1,8 @@
 """The Sliced Recursive Transformer (Shen, Liu, Xing, ECCV 2022, arXiv 2111.05297)."""
 
 import itertools
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -217,6 +219,12 @@ class SReT(nn.Module):
         ]
 
 
+def variable_shapes(model: SReT) -> Any:
+    """The variables that `model.init` makes, as `jax.ShapeDtypeStruct`s; nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
 def grid_sizes(image_size: int, stages: int) -> tuple[int, ...]:
     """Height and width of each stage's grid of tokens: an eighth of the image, then halves, rounded up."""
     sizes = [image_size // 8]
@@ -265,8 +273,11 @@ def _check_fields(model: SReT) -> None:
                 f"widths is {model.widths}, but each must be a multiple of the one before, because pooling is a "
                 f"depthwise convolution: {after} is not one of {before}"
             )
+    for name in ("mlp_ratio", "nll_ratio", *RATES):
+        if not isinstance(getattr(model, name), numbers.Real):
+            raise UserError(f"{name} is {getattr(model, name)!r}, expected a number")
     for name in ("mlp_ratio", "nll_ratio"):
-        if int(min(model.widths) * getattr(model, name)) < 1:
+        if not math.isfinite(getattr(model, name)) or int(min(model.widths) * getattr(model, name)) < 1:
             raise UserError(f"{name} is {getattr(model, name)}, which leaves no hidden channel: give a larger one")
     if model.widths[0] < 2:
         raise UserError(f"widths is {model.widths}, but the stem begins with half of the first: give at least 2")

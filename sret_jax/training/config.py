@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,19 @@ HOW_NOT_WHAT = (
     "model.remat",
     "model.scan_unroll",
 )
+
+
+_PROBABILITY = (0.0, 1.0, "a probability, 0 to 1")
+_DECAY = (0.0, 1 - 1e-9, "a number of at least 0 and below 1")
+_RANGES = {
+    "augment.flip": _PROBABILITY,
+    "augment.erasing": _PROBABILITY,
+    "augment.label_smoothing": _PROBABILITY,
+    "data.eval_crop_ratio": (1e-9, 1.0, "a number above 0, at most 1"),
+    "optimizer.b1": _DECAY,
+    "optimizer.b2": _DECAY,
+    "optimizer.eps": (1e-30, math.inf, "a number above 0"),
+}
 
 
 def base_config() -> ConfigDict:
@@ -89,31 +103,30 @@ def check_config(config: ConfigDict) -> None:
         nearest = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
         problems.append(f"config.{key} is not a key" + (f"; did you mean {' or '.join(nearest)}?" if nearest else ""))
     problems += [f"config.{key} is missing" for key in known.keys() - given.keys()]
-    for key in (
-        "epochs",
-        "batch_size",
-        "log_every_steps",
-        "data.synthetic_examples",
-        "checkpoint.every_epochs",
-        "checkpoint.keep",
-        "data.threads",
-    ):
-        if given.get(key, 1) < 1:
-            problems.append(f"config.{key} is {given[key]}, expected at least 1")
-    for key in ("augment.flip", "augment.erasing", "augment.label_smoothing"):
-        if not 0 <= given.get(key, 0) <= 1:
-            problems.append(f"config.{key} is {given[key]}, expected a probability, 0 to 1")
-    for key in ("augment.mixup", "augment.cutmix", "optimizer.learning_rate", "optimizer.weight_decay", "seed"):
-        if given.get(key, 0) < 0:
-            problems.append(f"config.{key} is {given[key]}, expected at least 0")
-    for key in ("crop_area", "crop_aspect"):
-        low, high = given.get(f"data.{key}", (1, 1))
-        if not 0 < low <= high:
-            problems.append(f"config.data.{key} is {(low, high)}, expected (low, high) with 0 < low <= high")
-    if not 0 < given.get("data.eval_crop_ratio", 1) <= 1:
-        problems.append(f"config.data.eval_crop_ratio is {given['data.eval_crop_ratio']}, expected above 0, at most 1")
+    for key in given.keys() & known.keys():
+        problems += [f"config.{key} is {given[key]!r}, expected {want}" for want in _unmet(key, given[key], known[key])]
     if problems:
         raise UserError("\n".join(sorted(problems)))
+
+
+def _unmet(key: str, value: Any, default: Any) -> list[str]:
+    """What a value should have been, in words; nothing if it is that."""
+    if default is None or key == "mesh":  # fields of the model and the mesh are checked where they are used
+        return []
+    if isinstance(default, float):
+        low, high, words = _RANGES.get(key, (0.0, math.inf, "a number of at least 0"))
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        return [] if fits and value != math.inf else [words]
+    if isinstance(default, tuple):
+        high = 1.0 if key == "data.crop_area" else math.inf
+        pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
+        return [] if pair and 0 < value[0] <= value[1] <= high else [f"(low, high) with 0 < low <= high <= {high}"]
+    if not isinstance(value, type(default)) or (isinstance(value, bool) and not isinstance(default, bool)):
+        return [f"a value like {default!r}"]
+    if isinstance(default, int) and not isinstance(default, bool):
+        least = 0 if key == "seed" else 1
+        return [] if value >= least else [f"at least {least}"]
+    return []
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -128,6 +141,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """The keys that decide on a run's result, flat, as JSON gives them back (lists for tuples)."""
-    deciding = {key: value for key, value in sorted(flatten(config).items()) if not key.startswith(HOW_NOT_WHAT)}
+    """The keys that decide on a run's result, as `config.…`, with values as JSON gives them back (lists for tuples)."""
+    flat = sorted(flatten(config).items())
+    deciding = {f"config.{key}": value for key, value in flat if not key.startswith(HOW_NOT_WHAT)}
     return json.loads(json.dumps(deciding))

@@ -58,8 +58,14 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     schedule, optimizer = make_optimizer(config, epoch_steps)
     train_step = make_train_step(model, optimizer, schedule, Augmentation(**config.augment), config.seed, mesh)
     evaluate = make_evaluation(config, model, eval_source, mesh)
+    what_decides = {
+        **identity(config),
+        "training images": len(train_source.examples),
+        "test images": len(eval_source.examples),
+        "classes": model.num_classes,
+    }
 
-    with Checkpoints(workdir, keep=config.checkpoint.keep, identity=identity(config)) as checkpoints:
+    with Checkpoints(workdir, keep=config.checkpoint.keep, identity=what_decides) as checkpoints:
         damaged: list[str] = []
         restored = checkpoints.restore_latest(abstract_state(model, optimizer, mesh), damaged.append)
         state, evaluation = restored or (init_state(model, optimizer, config.seed, mesh), {})
@@ -80,21 +86,21 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 report.message("this run is finished: nothing is left to train")
 
             batches = training_batches(config, model, train_source, first_step)
-            recent = _RecentMetrics(checkpoints)
+            recent = _RecentMetrics()
             for step in range(first_step + 1, total_steps + 1):
                 state, metrics = train_step(state, put_batch(next(batches), mesh))
                 recent.add(step, metrics)
                 report.progress(step)
                 epoch, steps_into_epoch = divmod(step, epoch_steps)
                 if steps_into_epoch == 0 or step % config.log_every_steps == 0:
-                    report.train(step, recent.take_mean())
+                    report.train(step, recent.take_mean(checkpoints))
                 if steps_into_epoch == 0:
                     evaluation = evaluate(state)
                     report.evaluation(step, evaluation)
+                    check_finite(step, evaluation, checkpoints)
                     if epoch % config.checkpoint.every_epochs == 0 or epoch == config.epochs:
                         checkpoints.save(step, state, evaluation)
 
-            checkpoints.wait()
             report.finish(accuracy=evaluation["accuracy"], checkpoint=checkpoints.path(total_steps))
     return evaluation
 
@@ -171,30 +177,38 @@ def make_evaluation(config: ConfigDict, model: SReT, source: Source, mesh: Mesh)
 class _RecentMetrics:
     """Metrics of the steps since the last look at them; until then they stay on the device, and nothing waits."""
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self._checkpoints = checkpoints
+    def __init__(self) -> None:
         self._pending: list[tuple[int, Metrics]] = []
 
     def add(self, step: int, metrics: Metrics) -> None:
         self._pending.append((step, metrics))
 
-    def take_mean(self) -> dict[str, float]:
-        """The mean loss and gradient norm, and the last learning rate, of the steps since the last call."""
+    def take_mean(self, checkpoints: Checkpoints) -> dict[str, float]:
+        """The mean loss and gradient norm, and the last learning rate, of the steps since the last call.
+
+        Raises:
+          UserError: one of the steps diverged.
+        """
         pending, self._pending = jax.device_get(self._pending), []
         for step, metrics in pending:
-            if not np.isfinite([metrics["loss"], metrics["gradient_norm"]]).all():
-                raise UserError(_not_finite(step, metrics, self._checkpoints))
+            check_finite(step, metrics, checkpoints)
         means = {name: float(np.mean([metrics[name] for _, metrics in pending])) for name in pending[0][1]}
         return {**means, "learning_rate": float(pending[-1][1]["learning_rate"])}
 
 
-def _not_finite(step: int, metrics: Mapping[str, Any], checkpoints: Checkpoints) -> str:
-    good = checkpoints.latest_step()
-    return (
-        f"training diverged at step {step}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; "
-        + (f"the last good checkpoint is {checkpoints.path(good)}" if good else "there is no checkpoint before it")
-        + ". Lower config.optimizer.learning_rate or lengthen config.optimizer.warmup_epochs, in a new workdir"
-    )
+def check_finite(step: int, metrics: Mapping[str, Any], checkpoints: Checkpoints) -> None:
+    """Refuse metrics of a step, of training or evaluation, that are not finite.
+
+    Raises:
+      UserError: with the step, and the checkpoint before it.
+    """
+    if not np.isfinite(list(metrics.values())).all():
+        good = checkpoints.latest_step()
+        raise UserError(
+            f"training diverged at step {step}: {', '.join(f'{name} {value}' for name, value in metrics.items())}; "
+            + (f"the last good checkpoint is {checkpoints.path(good)}" if good else "there is no checkpoint before it")
+            + ". Lower config.optimizer.learning_rate or lengthen config.optimizer.warmup_epochs, in a new workdir"
+        )
 
 
 def _facts(config: ConfigDict, model: SReT, mesh: Mesh, train_source: Source, eval_source: Source) -> dict[str, Any]:

@@ -29,9 +29,10 @@ def make_mesh(axes: Mapping[str, int], batch_size: int) -> Mesh:
     if size != devices:
         raise UserError(f"config.mesh.data is {size}, but there are {devices} devices: set it to -1 or {devices}")
     if batch_size % devices:
+        nearest = sorted({max(batch_size // devices, 1) * devices, -(-batch_size // devices) * devices})
         raise UserError(
-            f"config.batch_size is {batch_size}, which {devices} devices cannot share equally: choose "
-            f"{batch_size // devices * devices or devices} or {-(-batch_size // devices) * devices}"
+            f"the batch size is {batch_size}, which {devices} devices cannot share equally: choose "
+            f"{' or '.join(map(str, nearest))}"
         )
     return jax.make_mesh((size,), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
 

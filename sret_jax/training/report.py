@@ -8,14 +8,12 @@ Everything lies in the run's folder, the workdir:
 - `learning_curves.png`: drawn from the two JSON files by `learning_curves`.
 """
 
-import contextlib
 import datetime
 import json
 import math
 import numbers
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +26,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from sret_jax.errors import UserError
 from sret_jax.training.curves import draw_curves
+from sret_jax.training.files import naming, replace
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
@@ -111,7 +110,7 @@ class Report:
         if not self._active:
             return
         facts = {"model": model, **facts}
-        _replace(_facts_path(self._workdir), json.dumps(facts, indent=2, default=str, ensure_ascii=False) + "\n")
+        replace(_facts_path(self._workdir), json.dumps(facts, indent=2, default=str, ensure_ascii=False) + "\n")
         epochs = self._total_steps / self._steps_per_epoch
         plan = f"{self._total_steps:,} steps of {self._batch_size:,} images, {epochs:.4g} epochs"
         if self._first_step:
@@ -233,12 +232,12 @@ def learning_curves(workdir: str) -> str:
     """
     metrics = _metrics_path(workdir)
     if not metrics.is_file():
-        raise UserError(f"There is no {metrics.name} in {workdir}: give the workdir of a run that has begun to train.")
+        raise UserError(f"there is no {metrics.name} in {workdir}: give the workdir of a run that has begun to train.")
     facts_path = _facts_path(workdir)
     facts = json.loads(facts_path.read_text(encoding="utf-8")) if facts_path.is_file() else {"model": "Learning curves"}
     subtitle = "  ·  ".join(f"{_words(name)}: {_text(fact)}" for name, fact in facts.items() if name != "model")
     picture = Path(workdir) / "learning_curves.png"
-    _replace(picture, draw_curves(_read_metrics(metrics), facts["model"], subtitle))
+    replace(picture, draw_curves(_read_metrics(metrics), facts["model"], subtitle))
     return str(picture)
 
 
@@ -291,29 +290,29 @@ class _Records:
 
     def __init__(self, workdir: str, first_step: int) -> None:
         if "://" in workdir:
-            raise UserError(f"The workdir {workdir} is not a folder: give a path on a local or mounted disk.")
+            raise UserError(f"the workdir {workdir} is not a folder: give a path on a local or mounted disk.")
         self._metrics_path = _metrics_path(workdir)
         self._events_path = Path(workdir) / "tensorboard"
-        with _naming(self._events_path):
+        with naming(self._events_path):
             self._events_path.mkdir(parents=True, exist_ok=True)
 
         is_resumed = first_step > 0 and self._metrics_path.is_file()
         kept = [r for r in _read_metrics(self._metrics_path) if r["step"] <= first_step] if is_resumed else []
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
-        _replace(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
-        with _naming(self._metrics_path):
+        replace(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+        with naming(self._metrics_path):
             self._metrics = self._metrics_path.open("a", encoding="utf-8")
 
         # Not SummaryWriter: it writes in a thread of its own, and when that dies of a full disk the next calls wait for
         # it forever. The suffix keeps two writers that were opened within one second apart.
-        with _naming(self._events_path):
+        with naming(self._events_path):
             self._events = EventsWriter(str(self._events_path / "events"), f".{first_step}")
         redone_from = first_step + 1 if first_step else 0
         self._write_event(Event(step=redone_from, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, place: Mapping[str, Any], metrics: Mapping[str, float | None], cost: Mapping[str, float]) -> None:
         line = json.dumps({**place, **{name: _json_number(value) for name, value in metrics.items()}, **cost})
-        with _naming(self._metrics_path):
+        with naming(self._metrics_path):
             self._metrics.write(line + "\n")
             self._metrics.flush()
         scalars = [
@@ -324,14 +323,14 @@ class _Records:
         self._write_event(Event(step=place["step"], summary=Summary(value=scalars)))
 
     def close(self) -> None:
-        with _naming(self._metrics_path):
+        with naming(self._metrics_path):
             self._metrics.close()
-        with _naming(self._events_path):
+        with naming(self._events_path):
             self._events.close()
 
     def _write_event(self, event: Event) -> None:
         event.wall_time = time.time()
-        with _naming(self._events_path):
+        with naming(self._events_path):
             self._events.write_event(event)
             self._events.flush()
 
@@ -346,7 +345,7 @@ def _facts_path(workdir: str) -> Path:
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl`. What follows the last line break is a line that a kill cut short: dropped."""
-    with _naming(path):
+    with naming(path):
         lines = path.read_bytes().split(b"\n")[:-1]
     records = []
     for number, line in enumerate(lines, start=1):
@@ -358,30 +357,6 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {number}: expected a record of a run. Remove this line, or the file.")
         records.append(record)
     return records
-
-
-def _replace(path: Path, content: str | bytes) -> None:
-    """Writes a file so that at every moment either the old content or the new is there, complete."""
-    data = content.encode() if isinstance(content, str) else content
-    new = path.with_name(path.name + ".new")
-    with _naming(path):
-        with new.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turns what the disk refuses into an error that names the file and the cause."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"Cannot read or write {path}: {error.strerror or error}. The workdir must be a folder that you may write "
-            "to, on a disk with free space."
-        ) from error
 
 
 def _json_number(value: float | None) -> float | None:

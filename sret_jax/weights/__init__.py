@@ -1,1 +1,1 @@
-"""Variables in and out: official PyTorch names and layouts, and files."""
+"""Variables in and out: official PyTorch names and layouts."""

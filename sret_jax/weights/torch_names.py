@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sret_jax.errors import UserError
-from sret_jax.models.sret import SReT
+from sret_jax.models.sret import SReT, variable_shapes
 
 
 class _Layout(NamedTuple):
@@ -127,11 +127,6 @@ def _place(ours: str, index: tuple[int, ...], layout: _Layout) -> _Place:
     return _Place((*path, last), index, layout)
 
 
-def _shapes(model: SReT) -> Any:
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
-
-
 def _lookup(tree: Any, path: tuple[str, ...]) -> Any:
     for key in path:
         tree = tree[key]
@@ -152,7 +147,7 @@ def from_torch_state_dict(state_dict: Mapping[str, np.ndarray], model: SReT) -> 
       UserError: missing, unexpected or misshapen tensors, all of them listed, or copies of a shared tensor that differ.
     """
     places = dict(_places(model))
-    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _shapes(model))
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(model))
     problems = [f"missing: {name}" for name in places if name not in state_dict]
     problems += [f"unexpected: {name}" for name in state_dict if name not in places]
 
@@ -189,7 +184,7 @@ def to_torch_state_dict(variables: Mapping[str, Any], model: SReT) -> dict[str, 
     Raises:
       UserError: variables of another model.
     """
-    expected = _shapes(model)
+    expected = variable_shapes(model)
     problems = []
     for collection, tree in variables.items():
         found, wanted = (

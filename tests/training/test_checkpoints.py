@@ -13,7 +13,7 @@ from sret_jax.training.checkpoints import Checkpoints
 from sret_jax.training.mesh import make_mesh, replicated
 from sret_jax.training.step import TrainState
 
-IDENTITY = {"model.name": "sret_t", "seed": 0}
+IDENTITY = {"config.model.name": "sret_t", "config.seed": 0}
 
 
 def make_state(step):
@@ -148,7 +148,7 @@ def test_what_a_killed_save_left_behind_is_not_a_checkpoint(workdir):
 
 def test_another_runs_workdir_is_refused_with_every_difference(workdir):
     with pytest.raises(UserError) as error:
-        open_checkpoints(workdir, {"model.name": "sret_s", "seed": 0, "epochs": 3})
+        open_checkpoints(workdir, {"config.model.name": "sret_s", "config.seed": 0, "config.epochs": 3})
     assert "config.model.name is sret_t there, sret_s now" in str(error.value)
     assert "config.epochs is absent there, 3 now" in str(error.value)
     assert "seed" not in str(error.value)
@@ -160,5 +160,44 @@ def test_the_workdir_keeps_its_identity_as_json(workdir):
 
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write to the workdir .*file"):
+    with pytest.raises(UserError, match=r"cannot read or write .*file"):
         open_checkpoints(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("content", ["", "[1", "3"])
+def test_a_damaged_config_json_is_named(workdir, content):
+    (workdir / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        open_checkpoints(workdir)
+
+
+def test_checkpoints_that_nothing_says_what_they_belong_to_are_refused(workdir):
+    (workdir / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        open_checkpoints(workdir)
+
+
+def test_a_second_run_in_the_same_workdir_is_refused_while_the_first_is_there(workdir):
+    with open_checkpoints(workdir), pytest.raises(UserError, match="another run is using the workdir"):
+        open_checkpoints(workdir)
+    with open_checkpoints(workdir):
+        pass
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_taken_for_damaged(workdir, monkeypatch):
+    def too_many_open_files(folder):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("sret_jax.training.checkpoints._checksums", too_many_open_files)
+    with pytest.raises(UserError, match="Too many open files"):
+        restore(workdir)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "30"]
+
+
+def test_a_workdir_without_permission_is_refused(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"cannot read or write .*run: Permission denied"):
+        open_checkpoints(tmp_path / "run")

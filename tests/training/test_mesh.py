@@ -19,8 +19,13 @@ def test_a_batch_is_split_over_the_devices_in_order():
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused_with_ones_that_they_can():
-    with pytest.raises(UserError, match=r"batch_size is 20.*choose 16 or 24"):
+    with pytest.raises(UserError, match=r"batch size is 20.*choose 16 or 24"):
         make_mesh({"data": -1}, 20)
+
+
+def test_a_batch_smaller_than_the_devices_is_refused_with_the_least_that_works():
+    with pytest.raises(UserError, match=r"choose 8$"):
+        make_mesh({"data": -1}, 3)
 
 
 @pytest.mark.parametrize("axes", [{"model": 1}, {"data": 2, "model": 4}, {}])

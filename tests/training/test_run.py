@@ -189,12 +189,23 @@ def test_a_run_on_a_mesh_of_eight_devices_has_the_same_losses(train, undisturbed
     np.testing.assert_allclose(losses[0], expected[0], rtol=1e-5)
 
 
-def test_synthetic_images_need_no_data(train, tmp_path):
+def test_sret_ts_recipe_runs_on_synthetic_images(train, tmp_path):
+    # All of it but the size: bfloat16, flips, erasing, mixup, cutmix, stochastic depth, ImageNet's classes.
     result = train(
-        tmp_path / "run", "--config.data.source=synthetic", "--config.data.synthetic_examples=256", "--config.epochs=1"
+        tmp_path / "run",
+        "--config.data.source=synthetic",
+        "--config.data.synthetic_examples=16",
+        "--config.batch_size=8",
+        "--config.epochs=1",
+        "--config.model.image_size=64",
+        "--config.model.widths=(8,16,32)",
+        "--config.model.blocks=(1,1,1)",
+        config="configs/sret_t.py",
     )
     assert result.returncode == 0, result.stderr
-    assert "synthetic train: 256" in result.stdout
+    assert "synthetic train: 16" in result.stdout
+    assert "1000 classes" in result.stdout
+    assert "bfloat16" in result.stdout
 
 
 def error_of(result):
@@ -204,8 +215,18 @@ def error_of(result):
 
 
 def test_a_run_that_diverges_stops_with_the_step(train, tmp_path):
+    # The first step has a rate of zero, the second does the damage, the third shows it.
     error = error_of(train(tmp_path / "run", "--config.optimizer.learning_rate=1e30"))
-    assert "training diverged at step" in error
+    assert "training diverged at step 3:" in error
+    assert "there is no checkpoint before it" in error
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_run_that_diverges_in_an_epochs_last_step_saves_no_checkpoint_of_it(train, tmp_path):
+    # One step, whose loss is still finite; the parameters that it leaves are not.
+    flags = ("--config.epochs=1", "--config.batch_size=1437", "--config.optimizer.learning_rate=1e38")
+    error = error_of(train(tmp_path / "run", *flags, "--config.optimizer.warmup_epochs=0.0"))
+    assert "training diverged at step 1:" in error
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -214,7 +235,7 @@ def test_a_full_disk_stops_with_one_error_and_keeps_complete_checkpoints(train, 
     shutil.rmtree(workdir / "checkpoints" / "33")
     # Files above 20 kB cannot be written: a checkpoint's tensors.
     error = error_of(train(workdir, limit_file_size=20_000, env={"JAX_ENABLE_COMPILATION_CACHE": "false"}))
-    assert f"cannot write to the workdir {workdir}" in error
+    assert f"cannot read or write {workdir}" in error
     assert {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()} == {"22"}
     assert train(workdir).returncode == 0
     assert_equal_bit_for_bit(workdir, undisturbed[0])
@@ -238,6 +259,7 @@ def test_the_workdir_of_another_config_is_refused_with_what_differs(train, undis
         (["--config.batch_size=5000"], "choose a smaller batch"),
         (["--config.data.source=imagenet2012"], "no dataset 'imagenet2012'"),
         (["--config.data.train_split=trian"], "no split 'trian'"),
+        (["--config.data.crop_area=(0.5,)"], "config.data.crop_area is (0.5,), expected (low, high)"),
         (["--config.mesh.data=3"], "there are 1 devices"),
         (["--config.augment.flip=2.0"], "config.augment.flip is 2.0"),
         (["--unknown=1"], "Unknown command line flag 'unknown'"),
@@ -255,4 +277,4 @@ def test_a_config_file_that_does_not_exist_is_named(train, tmp_path):
 
 def test_a_workdir_that_is_no_folder_is_refused(train, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot write to the workdir" in error_of(train(tmp_path / "file" / "run"))
+    assert "cannot read or write" in error_of(train(tmp_path / "file" / "run"))

@@ -110,6 +110,7 @@ def test_with_the_recipes_eps_only_what_has_no_gradient_moves_otherwise(one, eig
             width = len(expected[name]) // 3
             compared = np.r_[:width, 2 * width : 3 * width]
         difference = np.abs(np.float64(np.atleast_1d(found[name])) - expected[name])[compared]
+        assert difference.max() <= 2 * 5 * LEARNING_RATE  # five steps apart, in opposite directions
         differing, total = differing + (difference > 1e-5).sum(), total + difference.size
     # A single weight whose gradient happens to be rounding noise in one step moves by up to a whole step.
     assert differing < 1e-3 * total
