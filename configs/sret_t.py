@@ -1,7 +1,7 @@
-"""SReT-T on ImageNet-1k from scratch: published top-1 accuracy 76.0 %, 4.8 M parameters, 1.1 G FLOPs.
+r"""SReT-T on ImageNet-1k from scratch: published top-1 accuracy 76.0 %, 4.8 M parameters, 1.1 G FLOPs.
 
     python train.py --config=configs/sret_t.py --config.data.path=/data/tensorflow_datasets --workdir=runs/sret_t
-    python train.py --config=configs/sret_t.py --config.data.source=synthetic --config.data.synthetic_examples=64 \\
+    python train.py --config=configs/sret_t.py --config.data.source=synthetic --config.data.synthetic_examples=64 \
         --config.batch_size=16 --config.epochs=1 --workdir=runs/dry   # a dry run, without data
 
 DeiT's recipe with the learning rate and warm-up that SReT's authors recommend. RandAugment and repeated augmentation,
