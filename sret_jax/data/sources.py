@@ -170,7 +170,7 @@ def _write_digits_once(folder: str) -> None:
         # TFDS prints its progress to both. Does nothing where the dataset is complete.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             builder.download_and_prepare()
-    except (OSError, ValueError, RuntimeError) as error:  # ArrayRecord reports a full disk as a ...
+    except (OSError, ValueError, RuntimeError) as error:  # ArrayRecord reports a full disk as the last
         if os.path.exists(builder.data_dir):
             return
         raise UserError(
