@@ -135,10 +135,73 @@ def test_evaluation_counts_masked_rows_not_at_all_and_others_once(eight):
     np.testing.assert_allclose(sums["loss"], (np.log(np.exp(logits).sum(1)) - label_logits).sum(), rtol=1e-5)
 
 
-def test_the_same_seed_gives_the_same_step_and_another_one_another(one):
-    state = init_state(MODEL, one.optimizer, 0, one.mesh)
-    again = init_state(MODEL, one.optimizer, 0, one.mesh)
-    other = init_state(MODEL, one.optimizer, 1, one.mesh)
+def test_the_same_seed_and_step_draw_the_same_and_others_others(one):
     batch = put_batch(random_batch(0), one.mesh)
-    losses = [float(one.train_step(s, batch)[1]["loss"]) for s in (state, again, other)]
-    assert losses[0] == losses[1] != losses[2]
+
+    def loss(seed, step):
+        state = init_state(MODEL, one.optimizer, seed, one.mesh)
+        step = jax.device_put(np.int32(step), state.step.sharding)
+        return float(one.train_step(state.replace(step=step), batch)[1]["loss"])
+
+    assert loss(0, 0) == loss(0, 0)
+    assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
+
+
+def test_a_step_has_the_loss_of_its_smoothed_labels_and_moves_everything():
+    # One stage without later slices or dropout: nothing is drawn.
+    model = SReT(
+        image_size=32,
+        widths=(8,),
+        heads=(1,),
+        blocks=(1,),
+        recursions=(1,),
+        slices=((4, 1),),
+        num_classes=CLASSES,
+        drop_path_rate=0.0,
+    )
+    mesh, optimizer = Mesh(np.array(jax.devices()[:1]), (BATCH_AXIS,)), adamw(LEARNING_RATE, weight_decay=0.0)
+    batch, state = random_batch(0), init_state(model, optimizer, 0, mesh)
+    images = np.float32((batch["image"] / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])
+    logits, _ = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]))(state.variables)
+    before = jax.device_get(state)
+    augmentation = Augmentation(label_smoothing=0.1)
+    train_step = make_train_step(model, optimizer, lambda step: 7.0 + step, augmentation, 0, mesh)
+    after, metrics = train_step(state, put_batch(batch, mesh))
+
+    logits = np.asarray(logits, np.float64)
+    log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    targets = np.full((ROWS, CLASSES), 0.01)
+    targets[np.arange(ROWS), batch["label"]] = 0.91
+    # float32
+    np.testing.assert_allclose(metrics["loss"], -(targets * log_probabilities).sum(1).mean(), rtol=1e-5)
+    assert float(metrics["learning_rate"]) == 7.0
+    assert float(metrics["gradient_norm"]) > 0
+    assert int(after.step) == 1
+    assert all(int(after.batch_stats["stem"][f"bn{i}"]["batches"]) == 1 for i in (1, 2, 3))
+    for tree, old in ((after.params, before.params), (after.batch_stats, before.batch_stats)):
+        jax.tree.map(lambda new, value: np.testing.assert_(np.any(new != value)), tree, old)
+
+
+def test_each_augmentation_is_wired_to_its_setting():
+    batch, key = random_batch(0), jax.random.key(0)
+    plain, hard = Augmentation()(key, batch, CLASSES)
+    np.testing.assert_array_equal(hard, np.eye(CLASSES)[batch["label"]])
+
+    flipped, targets = Augmentation(flip=1.0)(key, batch, CLASSES)
+    np.testing.assert_array_equal(flipped, plain[:, :, ::-1])
+    np.testing.assert_array_equal(targets, hard)
+
+    erased, targets = Augmentation(erasing=1.0)(key, batch, CLASSES)
+    share = np.mean(np.any(np.asarray(erased != plain), axis=-1), axis=(1, 2))
+    assert np.all((share > 0.01) & (share < 0.4))
+    np.testing.assert_array_equal(targets, hard)
+
+    mixed, targets = Augmentation(mixup=0.8)(key, batch, CLASSES)
+    row = np.argmax(batch["label"] != batch["label"][::-1])  # whose partner has another label
+    weight = np.asarray(targets)[row, batch["label"][row]]
+    np.testing.assert_allclose(mixed, weight * plain + (1 - weight) * plain[::-1], atol=1e-5)  # float32
+
+    cut, targets = Augmentation(cutmix=1.0)(key, batch, CLASSES)
+    from_partner = np.asarray(cut != plain)
+    np.testing.assert_array_equal(np.asarray(cut)[from_partner], np.asarray(plain[::-1])[from_partner])
+    np.testing.assert_allclose(np.asarray(targets).sum(1), 1, atol=1e-6)  # float32
