@@ -1,12 +1,10 @@
 """Checkpoints of a run: written by Orbax, checked before they are trusted, never half there."""
 
-import contextlib
 import fcntl
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,19 +13,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from sret_jax.errors import UserError
-from sret_jax.training.files import naming, refused, replace
+from sret_jax.files import DamagedError, check_seal, is_sealed, naming, naming_orbax, replace, reserve, seal
 from sret_jax.training.step import TrainState
-
-_CHECKSUMS = "checksums.json"
-
-# TensorStore wraps the system's error in others, as text.
-_DISK_REFUSALS = (
-    "No space left",
-    "File too large",
-    "quota exceeded",
-    "Permission denied",
-    "Read-only file system",
-)
 
 
 class Checkpoints:
@@ -63,7 +50,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
         )
-        with self._naming_refusals():
+        with naming_orbax(self._workdir):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> Self:
@@ -99,7 +86,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 restored = self._restore(step, like)
-            except _DamagedError as error:
+            except DamagedError as error:
                 damaged[step] = f"checkpoint {step} is damaged ({error})"
             else:
                 for bad, reason in damaged.items():
@@ -119,23 +106,11 @@ class Checkpoints:
           UserError: it could not be written; those before it are still there.
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), evaluation=ocp.args.JsonSave(dict(evaluation)))
-        with self._naming_refusals():
-            _reserve(self._workdir / ".space", sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        with naming_orbax(self._workdir):
+            reserve(self._workdir / ".space", sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             self._manager.save(step, args=args, force=True)
             self._manager.wait_until_finished()
-            folder = self._folder / str(step)
-            replace(folder / _CHECKSUMS, json.dumps(_checksums(folder)))
-
-    @contextlib.contextmanager
-    def _naming_refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            if isinstance(error, OSError) or any(cause in str(error) for cause in _DISK_REFUSALS):
-                raise refused(self._workdir, error) from error
-            raise
+            seal(self._folder / str(step))
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
         file = self._workdir / "config.json"
@@ -167,16 +142,16 @@ class Checkpoints:
 
     def _restore(self, step: int, like: TrainState) -> Any:
         folder = self._folder / str(step)
-        sealed = (folder / _CHECKSUMS).exists()  # else the run was killed when Orbax had just completed it
+        sealed = is_sealed(folder)  # else the run was killed when Orbax had just completed it
         if sealed:
-            _check_sums(folder)
+            check_seal(folder)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), evaluation=ocp.args.JsonRestore())
         try:
             return self._manager.restore(step, args=args)
         except Exception as error:  # whatever Orbax and TensorStore raise for what damage there is
             if sealed:
                 raise
-            raise _DamagedError(str(error).strip().split("\n")[0][:200]) from error
+            raise DamagedError(str(error).strip().split("\n")[0][:200]) from error
 
     def _set_aside(self, step: int) -> str:
         target = self._workdir / "damaged_checkpoints" / str(step)
@@ -187,46 +162,3 @@ class Checkpoints:
             os.replace(self._folder / str(step), target)
         self._manager.reload()
         return str(target)
-
-
-class _DamagedError(Exception):
-    """A checkpoint is not what was written; the message says where."""
-
-
-def _reserve(file: Path, size: int) -> None:
-    """Raise the system's own error if the disk refuses so many bytes: Orbax's threads print dozens of them."""
-    try:
-        with file.open("wb") as space:
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(space.fileno(), 0, size)
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def _check_sums(folder: Path) -> None:
-    """Orbax notices missing and cut-short files, most of the time; changed bytes it does not."""
-    with naming(folder):
-        text = (folder / _CHECKSUMS).read_text(encoding="utf-8", errors="replace")
-        found = _checksums(folder)
-    try:
-        expected = dict(json.loads(text))
-    except (TypeError, ValueError) as error:
-        raise _DamagedError(f"{_CHECKSUMS} is not what was written") from error
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            raise _DamagedError(f"{name} is missing")
-        if expected.get(name) != found[name]:
-            raise _DamagedError(f"{name} is not what was written")
-
-
-def _checksums(folder: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file below a folder."""
-    sums = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and not file.name.startswith(_CHECKSUMS):
-            crc, size = 0, 0
-            with file.open("rb") as content:
-                while block := content.read(1 << 20):
-                    crc, size = zlib.crc32(block, crc), size + len(block)
-            sums[str(file.relative_to(folder))] = [size, crc]
-    return sums

@@ -25,8 +25,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from sret_jax.errors import UserError
+from sret_jax.files import naming, replace
 from sret_jax.training.curves import draw_curves
-from sret_jax.training.files import naming, replace
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 

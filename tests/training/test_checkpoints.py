@@ -188,7 +188,7 @@ def test_a_checkpoint_that_cannot_be_read_just_now_is_not_taken_for_damaged(work
     def too_many_open_files(folder):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr("sret_jax.training.checkpoints._checksums", too_many_open_files)
+    monkeypatch.setattr("sret_jax.files._checksums", too_many_open_files)
     with pytest.raises(UserError, match="Too many open files"):
         restore(workdir)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "30"]
