@@ -187,7 +187,7 @@ def local_copy(path: epath.PathLike) -> Iterator[Path]:
         yield local
         return
     with tempfile.TemporaryDirectory() as folder:
-        with _naming_remote(path):
+        with naming_remote(path):
             source = epath.Path(path)
             local = Path(folder) / source.name
             _download(source, local)
@@ -198,7 +198,7 @@ def local_copy(path: epath.PathLike) -> Iterator[Path]:
 def _upload(source: Path, path: epath.PathLike) -> None:
     """Copy a file or folder to a remote place; of a sealed folder, the checksums last: no part looks complete."""
     files = sorted(source.rglob("*"), key=lambda file: file.name == _SEAL) if source.is_dir() else [source]
-    with _naming_remote(path):
+    with naming_remote(path):
         target = epath.Path(path)
         if target.is_dir():
             target.rmtree()
@@ -228,7 +228,8 @@ def _download(source: epath.Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming_remote(path: epath.PathLike) -> Iterator[None]:
+def naming_remote(path: epath.PathLike) -> Iterator[None]:
+    """`naming`, for what `etils.epath` opens."""
     try:
         yield
     except ImportError as error:  # etils names the package that is missing

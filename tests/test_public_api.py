@@ -6,6 +6,7 @@ import sys
 import numpy as np
 
 import sret_jax
+from tests.models.quick import random_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,8 +19,8 @@ def run(*arguments):
 def test_importing_the_library_imports_no_data_or_checkpoint_library():
     run(
         "-c",
-        "import sret_jax, sys; assert not {'grain', 'tensorflow_datasets', 'orbax', 'tensorflow', 'torch'} & "
-        "set(sys.modules)",
+        "import sret_jax, sys; assert not {'grain', 'tensorflow_datasets', 'orbax', 'tensorflow', 'torch', 'PIL', "
+        "'safetensors', 'gdown'} & set(sys.modules)",
     )
 
 
@@ -38,14 +39,28 @@ def test_the_benchmark_needs_only_jax_flax_optax_and_numpy():
     assert "lax.conv 4×4×64 to 128" in run("-c", start)
 
 
-def test_every_line_of_the_readmes_library_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_every_line_of_the_readmes_library_example_runs(tmp_path, monkeypatch):
+    library = README[README.index("## Library") :]
+    (example,) = re.findall(r"```python\n(.*?)```", library, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(example, "README.md", "exec"), names)
     assert names["features"].shape == (2, 256)
     assert names["logits"].shape == (2, 10)
     assert np.isfinite(names["logits"]).all()
     assert set(names["variables"]) == {"params", "batch_stats"}
+
+
+def test_the_readmes_three_lines_load_weights(tmp_path, monkeypatch):
+    official = README[README.index("## Official checkpoints") :]
+    example = re.findall(r"```python\n(.*?)```", official, re.DOTALL)[0]
+    assert len(example.splitlines()) == 4  # with an empty one
+    model = sret_jax.create_model("sret_s")
+    monkeypatch.chdir(tmp_path)
+    sret_jax.save_variables("weights/sret_s", random_variables(model))
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["variables"]["params"]["head"]["kernel"].shape == (504, 1000)
 
 
 def test_the_printed_table_and_the_readmes_are_the_same():
@@ -59,5 +74,13 @@ def test_the_printed_table_and_the_readmes_are_the_same():
 
 
 def test_the_public_names_are_those_of_the_contract():
-    assert set(sret_jax.__all__) >= {"create_model", "list_models", "from_torch_state_dict", "to_torch_state_dict"}
+    assert set(sret_jax.__all__) >= {
+        "create_model",
+        "list_models",
+        "from_torch_state_dict",
+        "to_torch_state_dict",
+        "load_torch_file",
+        "load_variables",
+        "save_variables",
+    }
     assert all(hasattr(sret_jax, name) for name in sret_jax.__all__)

@@ -110,8 +110,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every example once, in the source's order, spread over the hosts; equally many batches on each host.
 
-    The shorter side of an image becomes `image_size / crop_ratio` (rounded down, as in DeiT), of which the centre is
-    kept. Rows that stand for no example, or for an image that does not decode (which is logged), are zero and masked.
+    Images are cropped by `central_crop`. Rows that stand for no example, or for an image that does not decode (which is
+    logged), are zero and masked.
 
     Args:
       source: where examples come from.
@@ -172,6 +172,22 @@ def random_crop_box(
     return _central_box(width, height, box_width, box_height)
 
 
+def central_crop(image: Image.Image, image_size: int, crop_ratio: float = 0.875) -> np.ndarray:
+    """What evaluation sees of an image: its shorter side becomes `image_size / crop_ratio`, the centre is kept.
+
+    Args:
+      image: RGB.
+      image_size: height and width of the crop, pixels.
+      crop_ratio: part of the shorter side that is kept, at most 1. The length is rounded down, as in DeiT.
+
+    Returns:
+      uint8 (image_size, image_size, 3).
+    """
+    shorter_side = int(image_size / crop_ratio)
+    width, height = (side * shorter_side // min(image.size) for side in image.size)
+    return np.asarray(_resize(image, width, height).crop(_central_box(width, height, image_size, image_size)))
+
+
 def _central_box(width: int, height: int, box_width: int, box_height: int) -> Box:
     left, top = round((width - box_width) / 2), round((height - box_height) / 2)
     return left, top, left + box_width, top + box_height
@@ -218,10 +234,7 @@ def _load_eval(source: Source, index: int, *, image_size: int, crop_ratio: float
     if image is None:
         pixels = np.zeros((image_size, image_size, 3), np.uint8)
     else:
-        shorter_side = int(image_size / crop_ratio)
-        width, height = (side * shorter_side // min(image.size) for side in image.size)
-        box = _central_box(width, height, image_size, image_size)
-        pixels = np.asarray(_resize(image, width, height).crop(box))
+        pixels = central_crop(image, image_size, crop_ratio)
     return {"image": pixels, "label": label, "mask": np.bool_(image is not None)}
 
 

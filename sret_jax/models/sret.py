@@ -1,5 +1,6 @@
 """The Sliced Recursive Transformer (Shen, Liu, Xing, ECCV 2022, arXiv 2111.05297)."""
 
+import functools
 import itertools
 import math
 import numbers
@@ -221,6 +222,11 @@ class SReT(nn.Module):
 
 def variable_shapes(model: SReT) -> Any:
     """The variables that `model.init` makes, as `jax.ShapeDtypeStruct`s; nothing is computed."""
+    return jax.tree.map(lambda leaf: leaf, _variable_shapes(model))  # a new tree, which its caller may change
+
+
+@functools.lru_cache(maxsize=16)  # tracing takes seconds
+def _variable_shapes(model: SReT) -> Any:
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
 

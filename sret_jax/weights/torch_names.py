@@ -16,6 +16,8 @@ import numpy as np
 
 from sret_jax.errors import UserError
 from sret_jax.models.sret import SReT, variable_shapes
+from sret_jax.models.zoo import create_model, list_models
+from sret_jax.weights.adapt import check_variables
 
 
 class _Layout(NamedTuple):
@@ -133,6 +135,34 @@ def _lookup(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
+def file_model(state_dict: Mapping[str, np.ndarray], model: SReT) -> SReT:
+    """`model` with the image size and the number of classes that an official state dict is of."""
+    position, head = (np.shape(state_dict.get(name, ())) for name in ("pos_embed", "head.bias"))
+    fields: dict[str, Any] = {"num_classes": head[0] if len(head) == 1 else 0}
+    if len(position) == 4 and position[2] == position[3] and position[2:] != 2 * (model.grid_sizes[0],):
+        # Which places a stage's tokens are sliced at decides on no tensor, and need not fit another image size.
+        fields |= {"image_size": 8 * position[2], "slices": ((1, 1),) * len(model.widths)}
+    return model.copy(**fields)
+
+
+def fitting_models(state_dict: Mapping[str, np.ndarray]) -> list[str]:
+    """The published models that have tensors of these names and shapes, whatever the number of classes.
+
+    Models that differ in slices alone, or in how they were trained, cannot be told apart.
+    """
+    return [name for name in list_models() if _fits(state_dict, create_model(name))]
+
+
+def _fits(state_dict: Mapping[str, np.ndarray], model: SReT) -> bool:
+    # These shapes decide on all others, and need no tracing of the model.
+    expected: dict[str, tuple[int, ...]] = {"pos_embed": (1, model.widths[0], model.grid_sizes[0], model.grid_sizes[0])}
+    for s, width in enumerate(model.widths):
+        for part, ratio in ((0, model.mlp_ratio), (1, model.nll_ratio)):
+            expected[f"transformers.{s}.blocks.{part}.mlp.fc1.weight"] = (int(width * ratio), width)
+    names = {name for name, _ in _places(file_model(state_dict, model))}
+    return names == set(state_dict) and all(np.shape(state_dict[name]) == shape for name, shape in expected.items())
+
+
 def from_torch_state_dict(state_dict: Mapping[str, np.ndarray], model: SReT) -> dict[str, Any]:
     """Variables of `model` from an official state dict.
 
@@ -160,7 +190,10 @@ def from_torch_state_dict(state_dict: Mapping[str, np.ndarray], model: SReT) -> 
         if array.shape != expected:
             problems.append(f"misshapen: {name} is {array.shape}, expected {expected}")
             continue
-        value = place.layout.from_torch(array).astype(target.dtype)
+        value = place.layout.from_torch(array)
+        if np.issubdtype(target.dtype, np.integer):  # a count of batches may be infinite in a file of halves
+            value = np.clip(np.where(np.isfinite(value), value, 0).astype(np.int64), 0, np.iinfo(target.dtype).max)
+        value = value.astype(target.dtype)
         first = filled.setdefault((place.path, place.index), name)
         if first == name:
             target[place.index] = value
@@ -176,33 +209,23 @@ def from_torch_state_dict(state_dict: Mapping[str, np.ndarray], model: SReT) -> 
 
 
 def to_torch_state_dict(variables: Mapping[str, Any], model: SReT) -> dict[str, np.ndarray]:
-    """The official state dict of `variables`: every official name, shared tensors under each, in PyTorch's layout.
+    """The official state dict of `variables`: every official name, in PyTorch's layout.
 
-    Any tree of the variables' structure works, so gradients take official names too; collections that are not there
-    are left out.
+    A shared tensor is one array, under each of its names. Any tree of the variables' structure works, so gradients take
+    official names too; collections that are not there are left out.
 
     Raises:
       UserError: variables of another model.
     """
-    expected = variable_shapes(model)
-    problems = []
-    for collection, tree in variables.items():
-        found, wanted = (
-            {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-            for leaves in (jax.tree.leaves_with_path(tree), jax.tree.leaves_with_path(expected.get(collection, {})))
-        )
-        problems += [
-            f"{collection}/{name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
-            for name in sorted(found.keys() | wanted.keys())
-            if found.get(name) != wanted.get(name)
-        ]
-    if problems:
-        raise UserError("the variables do not belong to the model:\n  " + "\n  ".join(problems))
-
+    check_variables(variables, model)
     arrays = jax.tree.map(np.asarray, dict(variables))
+    made: dict[tuple[tuple[str, ...], tuple[int, ...]], np.ndarray] = {}
     state_dict = {}
     for name, place in _places(model):
         if place.path[0] in arrays:
-            array = place.layout.to_torch(_lookup(arrays, place.path)[place.index])
-            state_dict[name] = np.array(array, np.int64 if array.dtype == np.int32 else array.dtype, order="C")
+            if (place.path, place.index) not in made:
+                array = place.layout.to_torch(_lookup(arrays, place.path)[place.index])
+                dtype = np.int64 if array.dtype == np.int32 else array.dtype
+                made[place.path, place.index] = np.array(array, dtype, order="C")
+            state_dict[name] = made[place.path, place.index]
     return state_dict

@@ -108,7 +108,11 @@ def small() -> tuple[sret_jax.SReT, dict[str, np.ndarray]]:
     return model, state_dict
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_wo_slice"])
+TINY = [name for name in golden.names() if name.startswith("tiny")]
+FULL_SIZE = [name for name in golden.names() if not name.startswith("tiny")]
+
+
+@pytest.mark.parametrize("name", [*TINY, *(pytest.param(name, marks=pytest.mark.slow) for name in FULL_SIZE)])
 def test_the_originals_state_dict_comes_back_bit_for_bit(name: str) -> None:
     case = golden.load(name)
     model = model_of(case.config)

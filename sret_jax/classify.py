@@ -1,0 +1,44 @@
+"""From an image file to the classes that a model sees in it."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from PIL import Image
+
+from sret_jax.data.augment import normalize
+from sret_jax.data.pipeline import central_crop
+from sret_jax.errors import UserError
+from sret_jax.models.sret import SReT
+
+
+def classify(
+    path: str | os.PathLike[str], model: SReT, variables: Mapping[str, Any], top: int = 5
+) -> list[tuple[int, float]]:
+    """The most probable classes of an image, which is cropped and normalised as in evaluation.
+
+    Args:
+      path: of the image, in any format that Pillow reads.
+      model: the network.
+      variables: as `load_variables` gives them.
+      top: how many classes, at most.
+
+    Returns:
+      (class, probability), the most probable first. Classes count from 0; ImageNet's are in the order of their WordNet
+      ids.
+
+    Raises:
+      UserError: the image cannot be read, or the model has no classes.
+    """
+    if not model.num_classes:
+        raise UserError("the model has no head, and so no classes: create it with the number of its weights' classes")
+    try:
+        with Image.open(path) as file:
+            image = central_crop(file.convert("RGB"), model.image_size)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
+    logits = jax.jit(model.apply)(variables, normalize(jnp.asarray(image[None])))
+    probabilities, classes = jax.lax.top_k(jax.nn.softmax(logits[0]), min(top, model.num_classes))
+    return [(int(c), float(p)) for c, p in zip(classes, probabilities, strict=True)]

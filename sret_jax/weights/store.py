@@ -1,0 +1,285 @@
+"""Saves and loads variables, and tells what they are of: from a conversion, a training run or PyTorch, near or far."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sret_jax.errors import UserError
+from sret_jax.files import (
+    DamagedError,
+    check_seal,
+    is_sealed,
+    local_copy,
+    naming_orbax,
+    naming_remote,
+    reserve,
+    seal,
+    write_whole,
+)
+from sret_jax.models.sret import PER_STAGE, SReT
+from sret_jax.models.zoo import create_model
+from sret_jax.weights.adapt import adapt
+from sret_jax.weights.torch_file import TorchWeights, load_torch_weights
+from sret_jax.weights.torch_names import file_model, fitting_models, from_torch_state_dict
+
+# The fields that decide on the variables and on what they compute.
+_DESCRIBED = ("image_size", *PER_STAGE, "mlp_ratio", "nll_ratio", "num_classes")
+_NAMES_SHOWN = 10
+
+
+class Stored(NamedTuple):
+    """What was stored.
+
+    Attributes:
+      variables: {"params", "batch_stats"}, NumPy arrays.
+      model: what the variables are of; None where that is not kept with them.
+      name: of the model, as `create_model` knows it, perhaps with other fields; "" where it is not known.
+    """
+
+    variables: dict[str, Any]
+    model: SReT | None = None
+    name: str = ""
+
+
+def save_variables(
+    path: epath.PathLike,
+    variables: Mapping[str, Any],
+    model: SReT | None = None,
+    *,
+    name: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Save variables so that `load_variables` gives the same, bit for bit.
+
+    Nothing incomplete ever stands under `path`.
+
+    Args:
+      path: a name that ends in `.safetensors` gives one file, any other a folder, which Orbax writes. It may be remote:
+        `gs://…`, `s3://…`.
+      variables: {"params", "batch_stats"}, or any other tree of dicts of arrays.
+      model: what they are of; its fields are kept with the variables.
+      name: of the model, as `create_model` knows it; kept too.
+      overwrite: whether a file, or a folder that this function wrote, is replaced.
+
+    Raises:
+      UserError: something is there already, or it cannot be written.
+    """
+    refuse_existing(path, overwrite=overwrite)
+    arrays = jax.tree.map(np.asarray, dict(variables))
+    fields = {field: getattr(model, field) for field in _DESCRIBED} if model else {}
+    kept = {"model": name, "fields": json.dumps(fields)}
+    write = _write_safetensors if _is_safetensors(path) else _write_folder
+    write_whole(path, lambda new: write(new, arrays, kept))
+
+
+def load_variables(
+    path: epath.PathLike, model: SReT | None = None, *, ema: bool = False, fresh_head: bool = False
+) -> dict[str, Any]:
+    """Variables from whatever holds them.
+
+    Args:
+      path: a folder or `.safetensors` file that `save_variables` or `convert_torch_weights.py` wrote; the workdir of a
+        training run, whose last checkpoint is taken, or one of its checkpoints, `WORKDIR/checkpoints/STEP`; a file of
+        PyTorch, in any layout that `load_torch_weights` knows. It may be remote: `gs://…`, `s3://…`.
+      model: what the variables are for. If its `image_size` is another, the position embedding is resized, with a
+        `UserWarning`. Not given, they are as they were stored.
+      ema: whether to take the weights' moving average from a file of PyTorch, instead of the weights.
+      fresh_head: whether a head of another number of classes is replaced by a fresh one, with a `UserWarning`.
+
+    Returns:
+      {"params", "batch_stats"}, as `model.apply` takes them. A `UserWarning` names weights that are not finite.
+
+    Raises:
+      UserError: there is no such file, or it is damaged, of another model, or of another number of classes.
+    """
+    if holds_torch(path):
+        variables = from_torch_weights(load_torch_weights(path, ema=ema), model)
+    elif ema:
+        raise UserError(f"{os.fspath(path)} holds no moving average of weights: load it without ema")
+    else:
+        variables = read(path).variables
+    if model is not None:
+        variables = adapt(variables, model, fresh_head=fresh_head)
+    return jax.tree.map(jnp.asarray, variables)
+
+
+def holds_torch(path: epath.PathLike) -> bool:
+    """Whether a path is to be read as a file of PyTorch: it is not a folder, nor called `.safetensors`."""
+    with naming_remote(path):
+        return not _is_safetensors(path) and not epath.Path(path).is_dir()
+
+
+def from_torch_weights(weights: TorchWeights, model: SReT | None = None) -> dict[str, Any]:
+    """Variables of the image size and number of classes that the weights are of, whatever the model's are.
+
+    Args:
+      weights: as `load_torch_weights` gives them.
+      model: the network that they belong to; a published one by default.
+
+    Raises:
+      UserError: no model is given and none is known that fits, or the given one does not.
+    """
+    if model is None:
+        names = fitting_models(weights.state_dict)
+        if not names:
+            raise UserError(f"{weights.path} holds the weights of no published network: give the model that it is of")
+        model = create_model(names[0])  # the others have the same variables
+    _warn_of_non_finite(weights.state_dict.items())
+    try:
+        return from_torch_state_dict(weights.state_dict, file_model(weights.state_dict, model))
+    except UserError as error:
+        names = fitting_models(weights.state_dict)
+        hint = f"\nThey are those of {' or '.join(names)}" if names else ""
+        raise UserError(f"{weights.path}: {error}{hint}") from error
+
+
+def read(path: epath.PathLike) -> Stored:
+    """What `save_variables` or a training run stored; a `UserWarning` names weights that are not finite.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    with local_copy(path) as local:
+        try:
+            stored = _read_safetensors(local) if _is_safetensors(path) else _read_folder(local)
+        except DamagedError as error:
+            raise UserError(f"{local} is damaged ({error}): convert it again, or take another") from error
+    _warn_of_non_finite(flatten_dict(stored.variables, sep="/").items())
+    return stored
+
+
+def refuse_existing(path: epath.PathLike, *, overwrite: bool) -> None:
+    """Refuse a path where something is that may not be replaced.
+
+    Raises:
+      UserError: something is there, and `overwrite` is off or it is a folder that `save_variables` did not write.
+    """
+    with naming_remote(path):
+        place = epath.Path(path)
+        there, strange = place.exists(), place.is_dir() and not (place / "variables").exists()
+    if there and not overwrite:
+        raise UserError(f"{os.fspath(path)} exists: give another name, or overwrite=True (--overwrite)")
+    if strange:
+        raise UserError(
+            f"{os.fspath(path)} is a folder of something else, which is never overwritten: give another name"
+        )
+
+
+def _is_safetensors(path: epath.PathLike) -> bool:
+    return os.fspath(path).endswith(".safetensors")
+
+
+def _write_safetensors(path: Path, arrays: Mapping[str, Any], kept: dict[str, str]) -> None:
+    import safetensors.numpy
+
+    # The library writes the memory of an array as it lies, whatever its strides.
+    flat = {name: np.array(array, order="C") for name, array in flatten_dict(arrays, sep="/").items()}
+    path.write_bytes(safetensors.numpy.save(flat, kept))
+
+
+def _read_safetensors(path: Path) -> Stored:
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            kept = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise DamagedError(str(error)) from error
+    return Stored(unflatten_dict(flat, sep="/"), *_model_and_name(kept))
+
+
+def _write_folder(path: Path, arrays: Mapping[str, Any], kept: dict[str, str]) -> None:
+    import orbax.checkpoint as ocp
+
+    items = ocp.args.Composite(variables=ocp.args.StandardSave(dict(arrays)), model=ocp.args.JsonSave(kept))
+    with naming_orbax(path):
+        reserve(path.with_name(path.name + ".space"), sum(array.nbytes for array in jax.tree.leaves(arrays)))
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(path, items)
+        seal(path)
+
+
+def _read_folder(path: Path) -> Stored:
+    """A folder that `save_variables` wrote, a checkpoint of a training run, or its workdir."""
+    if (path / "checkpoints").is_dir():
+        return _read_workdir(path)
+    if (path / "state").is_dir():
+        if is_sealed(path):  # else the run was killed when it had just been completed
+            check_seal(path)
+        return Stored(_restore(path / "state"))
+    if (path / "variables").is_dir():
+        if not is_sealed(path):
+            raise DamagedError("it was not written to its end")
+        check_seal(path)
+        kept = json.loads((path / "model" / "metadata").read_bytes())
+        return Stored(_restore(path / "variables"), *_model_and_name(kept))
+    raise UserError(f"{path} holds no variables: expected a converted folder, or the workdir of a training run")
+
+
+def _read_workdir(path: Path) -> Stored:
+    steps = [step for step in (path / "checkpoints").iterdir() if step.name.isdigit()]
+    if not steps:
+        raise UserError(f"{path} has no checkpoint yet: wait for the first one")
+    latest, *older = sorted(steps, key=lambda step: int(step.name), reverse=True)
+    try:
+        variables = _read_folder(latest).variables
+    except DamagedError as error:
+        others = f"; the one before is {older[0]}" if older else ""
+        raise UserError(f"{latest} is damaged ({error}){others}") from error
+    try:
+        keys = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        fields = {field: keys.get(f"config.model.{field}") for field in _DESCRIBED}
+        given = {field: value for field, value in fields.items() if value is not None}
+        name = keys["config.model.name"]
+        model = create_model(name, **{**given, "num_classes": keys["classes"]})
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"{path / 'config.json'} cannot be read ({error}): put it back, or give {latest}") from error
+    return Stored(variables, model, name)
+
+
+def _model_and_name(kept: Mapping[str, str]) -> tuple[SReT | None, str]:
+    try:
+        fields = json.loads(kept.get("fields", "{}"))
+        return SReT(**fields) if fields else None, kept.get("model", "")
+    except (TypeError, ValueError) as error:
+        raise DamagedError(f"what it says of its model is not understood: {error}") from error
+
+
+def _restore(folder: Path) -> dict[str, Any]:
+    """The parameters and statistics in what Orbax wrote, whatever else is there; no device is needed."""
+    import orbax.checkpoint as ocp
+
+    with naming_orbax(folder):
+        try:
+            handler = ocp.PyTreeCheckpointHandler()
+            tree = {
+                name: part
+                for name, part in handler.metadata(folder.absolute()).tree.items()
+                if name in ("params", "batch_stats") or folder.name == "variables"
+            }
+            numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            args = ocp.args.PyTreeRestore(item=tree, restore_args=numpy, partial_restore=True)
+            return handler.restore(folder.absolute(), args=args)
+        except OSError:
+            raise
+        except Exception as error:  # whatever Orbax and TensorStore raise for what damage there is
+            raise DamagedError(str(error).strip().split("\n")[0][:200]) from error
+
+
+def _warn_of_non_finite(arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    names = [name for name, array in arrays if not np.isfinite(array).all()]
+    if names:
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        warnings.warn(
+            f"{len(names)} tensors hold NaN or infinity: {', '.join(names[:_NAMES_SHOWN])}{more}", stacklevel=4
+        )
