@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -109,7 +108,7 @@ def load_variables(
         variables = read(path).variables
     if model is not None:
         variables = adapt(variables, model, fresh_head=fresh_head)
-    return jax.tree.map(jnp.asarray, variables)
+    return jax.device_put(variables)
 
 
 def holds_torch(path: epath.PathLike) -> bool:

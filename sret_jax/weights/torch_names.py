@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sret_jax.errors import UserError
@@ -205,7 +204,7 @@ def from_torch_state_dict(state_dict: Mapping[str, np.ndarray], model: SReT) -> 
             f"the state dict does not fit the model in {len(problems)} tensors; check the model's name and fields:\n  "
             + "\n  ".join(problems)
         )
-    return jax.tree.map(jnp.asarray, variables)
+    return jax.device_put(variables)
 
 
 def to_torch_state_dict(variables: Mapping[str, Any], model: SReT) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ _LOCAL_HEADER_SIZE = 30
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's first day
 
 
-def torch_file_content(state_dict: Mapping[str, np.ndarray], root: str = "archive") -> bytes:
+def torch_file_content(state_dict: Mapping[str, np.ndarray]) -> bytes:
     """The content of a file in the layout of the official checkpoints, {"model": state dict}.
 
     `torch.load(path, weights_only=True)["model"]` gives the tensors. Arrays that are one and the same object become
@@ -28,7 +28,6 @@ def torch_file_content(state_dict: Mapping[str, np.ndarray], root: str = "archiv
 
     Args:
       state_dict: {name: array}.
-      root: name of the folder within the archive.
 
     Raises:
       KeyError: a dtype that PyTorch has no storage for.
@@ -46,7 +45,7 @@ def torch_file_content(state_dict: Mapping[str, np.ndarray], root: str = "archiv
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, content in entries.items():
-            entry = zipfile.ZipInfo(f"{root}/{name}", _EPOCH)
+            entry = zipfile.ZipInfo(f"archive/{name}", _EPOCH)
             start = file.tell() + _LOCAL_HEADER_SIZE + len(entry.filename) + 4
             padding = -start % _ALIGNMENT
             entry.extra = b"FB" + struct.pack("<H", padding) + bytes(padding)
