@@ -15,7 +15,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
@@ -30,7 +30,17 @@ _LEGACY_VERSION = 1001
 _BIG_ENDIAN = "its numbers are big-endian: load it where it was made, and save it on a machine that is little-endian"
 _INT64 = struct.Struct("<q")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+
+# What a file may ask for; a checkpoint of SReT-S with its optimizer has a pickle of 0.2 MB, a directory of 0.1 MB, and
+# 510 weights, which are 1.5 times as large as in the file: many of the names are one tensor.
+_LONGEST_PICKLE = 2**24
+_LONGEST_DIRECTORY = 2**22
+_MOST_WEIGHTS = 100_000
+_MOST_OVERLAP = 256
+_LARGEST_EMPTY = 2**48  # NumPy multiplies the sizes beside those that are 0
 _MOST_NESTED = 100
+
+_Plain = str | bytes | int | float | np.generic | None
 
 # Where training codes keep the weights: DeiT's, FKD's and timm's, and the averages beside them.
 _WEIGHTS = ("model", "state_dict")
@@ -91,6 +101,8 @@ def load_torch_weights(path: epath.PathLike, *, ema: bool = False) -> TorchWeigh
             if all(name.startswith(wrapper) for name in weights):
                 weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
         state_dict = {name: reader.array(value) for name, value in weights.items()}
+        if sum(array.nbytes for array in state_dict.values()) > _MOST_OVERLAP * reader.size:
+            raise RefusedError("its weights lie one over the other, and are far larger than the file")
     return TorchWeights(os.fspath(path), state_dict, key, _notes(contents) if key else {})
 
 
@@ -101,11 +113,13 @@ def _find_weights(contents: Any, ema: bool) -> tuple[str, dict[str, Tensor | Arr
     for key in _AVERAGES if ema else (*_WEIGHTS, ""):
         candidate = contents.get(key) if key else contents
         if isinstance(candidate, dict) and any(isinstance(value, Tensor | Array) for value in candidate.values()):
+            if len(candidate) > _MOST_WEIGHTS:
+                raise RefusedError(f"it holds {len(candidate)} weights, expected no more than {_MOST_WEIGHTS}")
             strange = [name for name, value in candidate.items() if not isinstance(value, Tensor | Array)]
-            strange += [name for name in candidate if not isinstance(name, str)]
+            strange += [name for name in candidate if not isinstance(name, str) or name != shown(name)]
             if strange:
                 names = ", ".join(shown(str(name)) for name in strange[:10])
-                raise RefusedError(f"among its weights are {len(strange)} entries that are no tensors: {names}")
+                raise RefusedError(f"among its weights are {len(strange)} entries that are no tensors by name: {names}")
             return key, candidate
     wanted = "moving average" if ema else "weights"
     keys = ", ".join(shown(str(key)) for key in list(contents)[:20])
@@ -116,7 +130,9 @@ def _find_weights(contents: Any, ema: bool) -> tuple[str, dict[str, Tensor | Arr
 
 
 def _notes(contents: dict[Any, Any]) -> dict[str, Any]:
-    notes = {f"args.{key}": value for key, value in vars(contents.get("args", argparse.Namespace())).items()}
+    args = contents.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    notes = {f"args.{key}": value for key, value in args.items()}
     return {
         str(key): shown(value) if isinstance(value, str) else value
         for key, value in {**contents, **notes}.items()
@@ -135,10 +151,12 @@ class _Span(NamedTuple):
 class _Reader:
     """The numbers of one file's tensors."""
 
-    def __init__(self, buffer: memoryview, spans: Mapping[str, _Span]) -> None:
+    def __init__(self, buffer: memoryview, locate: Callable[[str], _Span | None]) -> None:
+        """`locate` says where the storage of a key lies; None is nowhere."""
         self._buffer = buffer
-        self._spans = spans
+        self._locate = locate
         self._checked: dict[str, np.ndarray] = {}
+        self.size = len(buffer)
 
     def array(self, described: Tensor | Array) -> np.ndarray:
         """The tensor's numbers, a read-only view of the file.
@@ -154,7 +172,10 @@ class _Reader:
         content = self._content(storage)
         if len(shape) != len(strides):
             raise RefusedError(f"a tensor of shape {shape} has {len(strides)} strides")
-        if not math.prod(shape):
+        numbers = math.prod(shape)
+        if math.prod(size or 1 for size in shape) > (self.size if numbers else _LARGEST_EMPTY):
+            raise RefusedError(f"a tensor of shape {shape} has more numbers than the file has bytes")
+        if not numbers:
             return np.zeros(shape, storage.dtype)
         if offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) >= storage.elements:
             raise RefusedError(f"a tensor of shape {shape} does not lie within its {storage.elements} numbers")
@@ -163,11 +184,11 @@ class _Reader:
 
     def _content(self, storage: Storage) -> np.ndarray:
         name, size = shown(storage.key), storage.elements * storage.dtype.itemsize
-        span = self._spans.get(storage.key)
-        if span is None or span.size != size:
-            found = "no numbers" if span is None else f"{span.size} bytes"
-            raise RefusedError(f"the tensor {name!r} has {found}, expected {size} bytes")
         if storage.key not in self._checked:
+            span = self._locate(storage.key)
+            if span is None or span.size != size:
+                found = "no numbers" if span is None else f"{span.size} bytes"
+                raise RefusedError(f"the tensor {name!r} has {found}, expected {size} bytes")
             content = self._buffer[span.start : span.start + size]
             if span.crc is not None and zlib.crc32(content) != span.crc:
                 raise RefusedError(f"the numbers of the tensor {name!r} are damaged: they do not match their checksum")
@@ -192,12 +213,21 @@ def _open(path: epath.PathLike) -> tuple[Any, _Reader]:
         with file.open("rb") as opened:
             if not opened.read(1):
                 raise RefusedError("it is empty, expected a file that torch.save wrote")
-            stream = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            stream = _Mapped(opened.fileno(), 0, access=mmap.ACCESS_READ)
         if stream[:4] == b"PK\x03\x04":
             return _open_archive(stream)
         if stream[:1] == pickle.PROTO:
             return _open_legacy(stream)
         raise RefusedError(f"{_guess(stream[:512])}, expected a file that torch.save wrote")
+
+
+class _Mapped(mmap.mmap):
+    """A file in memory; zipfile reads a directory as long as it is said to be at once."""
+
+    def read(self, size: int | None = None, /) -> bytes:
+        if size is not None and size > _LONGEST_DIRECTORY:
+            raise ValueError("its directory is too long")
+        return super().read(size)
 
 
 def _guess(start: bytes) -> str:
@@ -223,7 +253,9 @@ def _open_archive(stream: mmap.mmap) -> tuple[Any, _Reader]:
         raise RefusedError(f"it is {kind} with {names or 'nothing in it'}, expected one that torch.save wrote")
 
     def content(name: str) -> bytes:
-        start, size, crc = entries[name]
+        start, size, crc = entries[name].span(stream)
+        if size > _LONGEST_PICKLE:
+            raise RefusedError(f"its {shown(name)} has {size} bytes, expected no more than {_LONGEST_PICKLE}")
         found = stream[start : start + size]
         if crc is not None and zlib.crc32(found) != crc:
             raise RefusedError(f"its {shown(name)} is damaged: it does not match its checksum")
@@ -233,53 +265,71 @@ def _open_archive(stream: mmap.mmap) -> tuple[Any, _Reader]:
     if f"{root}byteorder" in entries and content(f"{root}byteorder") != b"little":
         raise RefusedError(_BIG_ENDIAN)
     contents, _ = unpickle(io.BytesIO(content(pickles[0])))
-    prefix = f"{root}data/"
-    spans = {name.removeprefix(prefix): span for name, span in entries.items() if name.startswith(prefix)}
-    return contents, _Reader(memoryview(stream), spans)
+
+    def locate(key: str) -> _Span | None:
+        entry = entries.get(f"{root}data/{key}")
+        return entry and entry.span(stream)
+
+    return contents, _Reader(memoryview(stream), locate)
 
 
-def _archive_entries(stream: mmap.mmap) -> dict[str, _Span]:
+class _Entry(NamedTuple):
+    """An entry of a zip archive: where its header starts, where the next one does, what the directory says of it."""
+
+    start: int
+    end: int
+    info: zipfile.ZipInfo
+    has_checksum: bool
+
+    def span(self, stream: mmap.mmap) -> _Span:
+        """Where the content lies. Only this reads from the entry: the pages of those that are not needed stay out."""
+        name = shown(self.info.filename)
+        header = stream[self.start : self.start + _LOCAL_HEADER.size]
+        if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+            raise RefusedError(f"its entry {name} is damaged")
+        start = self.start + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header)[1:])
+        if start + self.info.file_size > self.end:
+            raise RefusedError(f"its entry {name} reaches into another")
+        return _Span(start, self.info.file_size, self.info.CRC if self.has_checksum else None)
+
+
+def _archive_entries(stream: mmap.mmap) -> dict[str, _Entry]:
     """Every entry of a zip archive, which must be stored without compression, one behind the other."""
     try:
         archive = zipfile.ZipFile(cast(IO[bytes], stream))
     # What zipfile raises for the directory of a damaged archive.
     except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error) as error:
         raise RefusedError(f"it is a zip archive that is damaged or cut short ({shown(str(error))})") from error
-    spans: dict[str, _Span] = {}
+    entries: dict[str, _Entry] = {}
     end = archive.start_dir
-    has_checksums = any(entry.CRC for entry in archive.infolist())  # PyTorch can be told to write zeros
-    for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset, reverse=True):
-        name = shown(entry.filename)
-        header = stream[entry.header_offset : entry.header_offset + _LOCAL_HEADER.size]
-        if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-            raise RefusedError(f"its entry {name} is damaged")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-            raise RefusedError(
-                f"its entry {name} is compressed or encrypted, which torch.save never does: save it again"
-            )
-        start = entry.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header)[1:])
-        if start + entry.file_size > end or entry.filename in spans:
-            raise RefusedError(f"its entry {name} overlaps another, or stands there twice")
-        end = entry.header_offset
-        spans[entry.filename] = _Span(start, entry.file_size, entry.CRC if has_checksums else None)
-    return spans
+    has_checksums = any(info.CRC for info in archive.infolist())  # PyTorch can be told to write zeros
+    for info in sorted(archive.infolist(), key=lambda info: info.header_offset, reverse=True):
+        name, start = shown(info.filename), info.header_offset
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
+            raise RefusedError(f"its entry {name} is compressed or encrypted, as torch.save never does: save it again")
+        if start < 0 or start + _LOCAL_HEADER.size + info.file_size > end or info.filename in entries:
+            raise RefusedError(f"its entry {name} reaches into another, or stands there twice")
+        entries[info.filename] = _Entry(start, end, info, has_checksums)
+        end = start
+    return entries
 
 
 def _open_legacy(stream: mmap.mmap) -> tuple[Any, _Reader]:
     """The format before 1.6: pickles of a magic number, a version, the system, the object and the keys; the numbers."""
-    magic, _ = unpickle(cast(IO[bytes], stream))
+    pickles = io.BytesIO(stream[:_LONGEST_PICKLE])
+    magic, _ = unpickle(pickles)
     if magic != _LEGACY_MAGIC:
         raise RefusedError("it is a pickle, expected a file that torch.save wrote")
-    (version, _), (system, _) = (unpickle(cast(IO[bytes], stream)) for _ in range(2))
+    (version, _), (system, _) = (unpickle(pickles) for _ in range(2))
     if version != _LEGACY_VERSION or not isinstance(system, dict):
         raise RefusedError("it is of a version of PyTorch's old format that is not known: save it with a newer PyTorch")
     if system.get("little_endian") is not True:
         raise RefusedError(_BIG_ENDIAN)
-    contents, storages = unpickle(cast(IO[bytes], stream))
-    keys, _ = unpickle(cast(IO[bytes], stream))
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+    contents, storages = unpickle(pickles)
+    keys, _ = unpickle(pickles)
+    if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(storages):
         raise RefusedError("its tensors and its list of them are not the same: it is damaged")
-    spans, at = {}, stream.tell()
+    spans, at = {}, pickles.tell()
     for key in keys:
         size = storages[key].elements * storages[key].dtype.itemsize
         (elements,) = _INT64.unpack(stream[at : at + _INT64.size].ljust(_INT64.size))
@@ -290,7 +340,7 @@ def _open_legacy(stream: mmap.mmap) -> tuple[Any, _Reader]:
         at += size
     if at != len(stream):
         raise RefusedError("it is damaged: something follows its last tensor")
-    return contents, _Reader(memoryview(stream), spans)
+    return contents, _Reader(memoryview(stream), spans.get)
 
 
 def _with_arrays(node: Any, array: Callable[[Tensor | Array], np.ndarray], done: dict[int, Any], depth: int) -> Any:
@@ -306,8 +356,6 @@ def _with_arrays(node: Any, array: Callable[[Tensor | Array], np.ndarray], done:
 
     if isinstance(node, Tensor | Array):
         made = array(node)
-    elif isinstance(node, Storage):
-        raise RefusedError("it holds a storage without a tensor")
     elif isinstance(node, dict):
         made = {key: inside(value) for key, value in node.items()}
     elif isinstance(node, list):
@@ -317,5 +365,9 @@ def _with_arrays(node: Any, array: Callable[[Tensor | Array], np.ndarray], done:
     elif isinstance(node, argparse.Namespace):
         made = argparse.Namespace()
         vars(made).update({key: inside(value) for key, value in vars(node).items()})
+    elif not isinstance(node, _Plain):
+        raise RefusedError(
+            f"it holds what is part of no checkpoint by itself, a {type(node).__name__.strip('_').lower()}"
+        )
     done[id(node)] = made
     return made

@@ -2,16 +2,17 @@
 
 `pickletools.genops` of the standard library cuts the pickle into opcodes; the tables below say what each one means.
 An opcode or a name that is not in them is refused, and so is what a writer of checkpoints never needs: keys that are
-neither text nor numbers (hashing nested tuples takes for ever), or an opcode that drops or repeats what it made. So
-time and memory grow in proportion to the pickle's length.
+neither text nor small numbers (hashing nested tuples takes for ever, and so do numbers of one hash), or an opcode that
+drops or repeats what it made. What a pickle may ask for is counted: time and memory grow with its length at most.
 """
 
 import argparse
 import dataclasses
+import io
 import pickletools
 import re
 from collections.abc import Callable, Mapping
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -35,11 +36,15 @@ STORAGE_DTYPES: Mapping[str, np.dtype] = {
 }
 
 # What one pickle may ask for; a checkpoint of SReT-S with its optimizer has 60,000 opcodes, and opens 2,000 items.
-_MOST_OPCODES = 10_000_000
+_MOST_STEPS = 300_000  # or more in a longer pickle: PyTorch writes three bytes and more for each
+_BYTES_OF_A_STEP = 3
 _MOST_OPEN_ITEMS = 100_000
 _MOST_NESTED = 1_000
 _MOST_ENCODED_BYTES = 2**26
-_MOST_DIMENSIONS = 64
+_MOST_ARGUMENTS = 10
+_MOST_DIMENSIONS = 16
+_MOST_BITS = 1024  # of a number; Python writes none of more than 4,300 digits
+_DIFFERENT_HASHES = 2**61 - 1  # below it, every number has its own
 
 _ByteOrder = Literal["<", ">", "="]
 _BYTE_ORDERS: Mapping[str, _ByteOrder] = {"<": "<", ">": ">", "|": "=", "=": "="}
@@ -93,7 +98,7 @@ class _Dtype:
         return np.dtype(self.code).newbyteorder(self.order)
 
 
-def unpickle(stream: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
+def unpickle(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
     """What the next pickle of a stream describes; the stream then stands behind it.
 
     Returns:
@@ -103,11 +108,10 @@ def unpickle(stream: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
     Raises:
       RefusedError: the pickle is damaged, or has an opcode or a name that this module does not know.
     """
-    machine = _Machine()
+    machine = _Machine(max(_MOST_STEPS, len(stream.getbuffer()) // _BYTES_OF_A_STEP))
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if count >= _MOST_OPCODES or len(machine.stack) > _MOST_OPEN_ITEMS:
-                raise RefusedError("its pickle asks for more than a checkpoint needs")
+        for opcode, argument, _ in pickletools.genops(stream):
+            machine.count_steps(1)
             handler = _OPCODES.get(opcode.name)
             if handler is None:
                 raise RefusedError(f"its pickle has the opcode {opcode.name}, which checkpoints do not need")
@@ -122,19 +126,26 @@ def unpickle(stream: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
 
 def shown(text: str) -> str:
     """Text from a file, fit to be printed: no control characters, not endless."""
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 200 else text[:200] + "…"
+    start = text[:200] if text[:200].isprintable() else ascii(text[:200])
+    return start[:200] + "…" * (len(text) > 200)
 
 
 class _Machine:
     """The stack, the stacks below the open marks, and the memo."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_steps: int) -> None:
+        self.most_steps = most_steps
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
+        self.steps = 0
         self.encoded_bytes = 0
+
+    def count_steps(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > self.most_steps or len(self.stack) > _MOST_OPEN_ITEMS:
+            raise RefusedError("its pickle asks for more than a checkpoint needs")
 
     def mark(self) -> None:
         if len(self.below) >= _MOST_NESTED:
@@ -163,6 +174,12 @@ def _push(machine: _Machine, value: Any) -> None:
     machine.stack.append(value)
 
 
+def _push_number(machine: _Machine, value: int) -> None:
+    if value.bit_length() > _MOST_BITS:
+        raise RefusedError("it holds a number of more digits than a checkpoint needs")
+    machine.stack.append(value)
+
+
 def _memoize(machine: _Machine, key: int) -> None:
     machine.memo[key] = machine.stack[-1]
 
@@ -181,6 +198,8 @@ def _set(machine: _Machine, items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, str | int | float | None):
             raise RefusedError(f"it holds a dict with a key of type {type(key).__name__}, expected text or numbers")
+        if isinstance(key, int) and abs(key) >= _DIFFERENT_HASHES:
+            raise RefusedError("it holds a dict with a key that is a huge number")
         target[key] = value
 
 
@@ -204,10 +223,10 @@ def _persistent(machine: _Machine, _: None) -> None:
     (given,) = machine.last(1)
     if type(given) is tuple and given[:1] == ("module",):
         raise RefusedError("it holds a whole pickled model, expected weights: torch.save(model.state_dict(), path)")
-    kind, name, key, _, elements, *view = given
+    kind, name, key, _, elements, *view = given if type(given) is tuple and len(given) <= 6 else [None] * 5
     if kind != "storage" or type(key) is not str or any(view):
         raise RefusedError("its tensors are stored in a way that PyTorch has left behind: save it with a newer one")
-    storage = Storage(key, STORAGE_DTYPES[name.text], _count(elements))
+    storage = Storage(key, STORAGE_DTYPES[_text(name)], _count(elements))
     known = machine.storages.setdefault(key, storage)
     if (known.dtype, known.elements) != (storage.dtype, storage.elements):
         raise RefusedError(f"the tensor {shown(key)!r} is said to be of two kinds")
@@ -216,8 +235,8 @@ def _persistent(machine: _Machine, _: None) -> None:
 
 def _reduce(machine: _Machine, _: None) -> None:
     name, arguments = machine.last(2)
-    call = _CALLS[name.text]
-    if call is None or type(arguments) is not tuple:
+    call = _CALLS[_text(name)]
+    if call is None or type(arguments) is not tuple or len(arguments) > _MOST_ARGUMENTS:
         raise TypeError(f"a call of {name.text}")
     made = call(*arguments)
     if type(made) is bytes:  # of a text that the pickle holds once and may name again and again
@@ -229,7 +248,7 @@ def _reduce(machine: _Machine, _: None) -> None:
 
 def _new_object(machine: _Machine, _: None) -> None:
     name, arguments = machine.last(2)
-    if name.text != "argparse.Namespace" or arguments != ():
+    if _text(name) != "argparse.Namespace" or arguments != ():
         raise TypeError(f"a new {name.text}")
     machine.stack.append(argparse.Namespace())
 
@@ -240,8 +259,11 @@ def _build(machine: _Machine, _: None) -> None:
     if isinstance(target, argparse.Namespace):
         if type(state) is not dict or not all(type(key) is str for key in state):
             raise TypeError("attributes without a name")
+        machine.count_steps(len(state))
         vars(target).update(state)
     elif isinstance(target, _Dtype):
+        if type(state) is not tuple or type(state[1]) is not str:
+            raise TypeError("a byte order that is no text")
         target.order = _BYTE_ORDERS[state[1]]
     elif isinstance(target, Array):
         _, shape, dtype, fortran, data = state
@@ -249,6 +271,12 @@ def _build(machine: _Machine, _: None) -> None:
         target.value = np.frombuffer(data, dtype.numpy()).reshape(_counts(shape), order=order)
     elif type(target) is not dict or type(state) is not dict:  # a state dict's _metadata says nothing of weights
         raise TypeError("state for what has none")
+
+
+def _text(name: Any) -> str:
+    if type(name) is not _Name:
+        raise TypeError(f"{type(name).__name__} instead of a name")
+    return name.text
 
 
 def _count(value: Any) -> int:
@@ -260,7 +288,9 @@ def _count(value: Any) -> int:
 def _counts(values: Any) -> tuple[int, ...]:
     if type(values) is not tuple or len(values) > _MOST_DIMENSIONS:
         raise RefusedError("it holds a tensor without a shape")
-    return tuple(map(_count, values))
+    for value in values:
+        _count(value)
+    return values
 
 
 def _tensor(storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> Tensor:
@@ -290,6 +320,10 @@ def _numpy_scalar(dtype: _Dtype, data: bytes) -> Any:
     return value
 
 
+def _empty_bytes() -> bytes:
+    return b""
+
+
 def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise ValueError("bytes in an encoding other than latin1")
@@ -306,6 +340,7 @@ _CALLS: Mapping[str, Callable[..., Any] | None] = {
     "numpy.ndarray": None,
     "numpy.dtype": _dtype,
     "_codecs.encode": _encode,
+    "__builtin__.bytes": _empty_bytes,  # what protocol 2 makes of them
     **{
         f"numpy.{core}.multiarray.{name}": call
         for core in ("core", "_core")
@@ -314,7 +349,8 @@ _CALLS: Mapping[str, Callable[..., Any] | None] = {
 }
 
 _OPCODES: Mapping[str, Callable[[_Machine, Any], None]] = {
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"), _push),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "BINFLOAT"), _push),
+    **dict.fromkeys(("LONG1", "LONG4"), _push_number),
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"), _push),
     **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"), _push),
     **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda machine, _: None),
