@@ -1,4 +1,4 @@
-"""Train an SReT: `python train.py --config=configs/digits.py [--workdir=runs/digits] [--config.any.field=value]`."""
+"""Train or evaluate: `python train.py --config=configs/digits.py [--workdir=runs/digits] [--config.any.field=value]`."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sret_jax.errors import UserError
+from sret_jax.training.config import check_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/; --config.key=value changes a key.")
 _WORKDIR = flags.DEFINE_string(
@@ -16,18 +17,28 @@ flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
-    """Train, or go on where the workdir's last checkpoint stands."""
+    """Train, or go on where the workdir's last checkpoint stands; with --config.mode=eval, evaluate."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; flags start with --")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         # Orbax and TFDS speak through this logger, of every file that they open and again of what they raise.
         logging.get_absl_logger().setLevel("CRITICAL")
-    from sret_jax.training.loop import train  # slow to import: flags are checked first
+    # Slow to import: flags are checked first.
+    from sret_jax.training.distributed import connect
+    from sret_jax.training.evaluation import evaluate
+    from sret_jax.training.loop import train
+    from sret_jax.training.preemption import EXIT_STATUS, Preempted
 
+    config = _CONFIG.value
     workdir = _WORKDIR.value or f"runs/{Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem}"
     try:
-        train(_CONFIG.value, workdir)
+        check_config(config)
+        connect(config.distributed)
+        (evaluate if config.mode == "eval" else train)(config, workdir)
+    except Preempted as end:
+        print(end, file=sys.stderr)
+        sys.exit(EXIT_STATUS)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -114,10 +114,13 @@ def check_seal(folder: Path) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file below a folder."""
+    """Size and CRC-32 of every file in the folders of a folder.
+
+    What lies beside them is Orbax's, which changes it when it gives the folder its name; nothing is restored from it.
+    """
     sums = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and not file.name.startswith(_SEAL):
+    for file in sorted(folder.glob("*/**/*")):
+        if file.is_file():
             crc, size = 0, 0
             with file.open("rb") as content:
                 while block := content.read(1 << 20):

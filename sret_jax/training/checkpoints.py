@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written by Orbax, checked before they are trusted, never half there."""
+"""Checkpoints of a run: written by Orbax while training goes on, checked before they are trusted, never half there."""
 
 import fcntl
 import json
@@ -11,22 +11,25 @@ from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from sret_jax.errors import UserError
 from sret_jax.files import DamagedError, check_seal, is_sealed, naming, naming_orbax, replace, reserve, seal
+from sret_jax.training.mesh import on_first_host
 from sret_jax.training.step import TrainState
 
 
 class Checkpoints:
     """The checkpoints of one workdir, in `checkpoints/<step>`; `config.json` beside them says what they belong to.
 
-    A checkpoint appears under its step only when Orbax has written all of it, so a kill at any moment leaves the one
-    before. It then gets a file of checksums, so that damage done later is noticed: a damaged checkpoint is moved to
-    `damaged_checkpoints/` and the one before is used.
+    Kept are the latest, and the one whose evaluation was best. A checkpoint appears under its step only when all of it
+    is written, a file of checksums included, so a kill at any moment leaves the one before, and damage done later is
+    noticed: a damaged checkpoint is moved to `damaged_checkpoints/` and the one before is used. Of several hosts, all
+    call every method, and all see the same workdir.
     """
 
     def __init__(self, workdir: str, *, keep: int, identity: Mapping[str, Any]) -> None:
-        """Open the checkpoints of a workdir, which is made if it does not exist, for this process alone.
+        """Open the checkpoints of a workdir, which is made if it does not exist, for this run alone.
 
         Args:
           workdir: the run's folder.
@@ -38,17 +41,15 @@ class Checkpoints:
         """
         self._workdir = Path(workdir).absolute()
         self._folder = self._workdir / "checkpoints"
-        with naming(self._workdir):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._workdir / ".lock").open("w")
-            (self._workdir / ".space").unlink(missing_ok=True)  # of a run killed while it asked for space
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run is using the workdir {self._workdir}: stop it, or give another") from error
-        self._check_identity(dict(identity))
+        on_first_host(lambda: self._claim(dict(identity)))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
+            preservation_policy=AnyPreservationPolicy(
+                [LatestN(keep), BestN(get_metric_fn=_merit, n=1, keep_checkpoints_without_metrics=False)]
+            ),
+            best_fn=_merit,
+            cleanup_tmp_directories=True,
+            # Called on the first host when all hosts have written their parts, before the checkpoint gets its name.
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         with naming_orbax(self._workdir):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -59,8 +60,13 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._manager.close()
-        self._lock.close()
+        try:
+            if error is None or jax.process_count() == 1:  # else a host that failed alone would wait for the others
+                with naming_orbax(self._workdir):
+                    self._manager.close()
+        finally:
+            if jax.process_index() == 0:
+                self._lock.close()
 
     def path(self, step: int) -> str:
         """Where the checkpoint of a step lies."""
@@ -68,7 +74,13 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The last step that has a complete checkpoint, None before the first."""
+        self.wait()
         return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step that has the checkpoint with the best evaluation, None before the first."""
+        self.wait()
+        return self._manager.best_step()
 
     def restore_latest(
         self, like: TrainState, say: Callable[[str], None]
@@ -84,14 +96,14 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                restored = self._restore(step, like)
-            except DamagedError as error:
-                damaged[step] = f"checkpoint {step} is damaged ({error})"
-            else:
-                for bad, reason in damaged.items():
-                    say(f"{reason}: moved to {self._set_aside(bad)}, going on from {step}")
-                return restored["state"], restored["evaluation"]
+            reason = on_first_host(lambda step=step: self._damage(step))
+            if reason:
+                damaged[step] = f"checkpoint {step} is damaged ({reason})"
+                continue
+            restored = self._restore(step, like)
+            for bad, message in damaged.items():
+                say(f"{message}: moved to {self._set_aside(bad)}, going on from {step}")
+            return restored["state"], restored["evaluation"]
         if damaged:
             raise UserError(
                 "\n".join(damaged.values())
@@ -99,18 +111,51 @@ class Checkpoints:
             )
         return None
 
-    def save(self, step: int, state: TrainState, evaluation: Mapping[str, float]) -> None:
-        """Write a checkpoint; it is complete on disk when this returns.
+    def save(self, step: int, state: TrainState, evaluation: Mapping[str, float], *, is_new: bool = True) -> None:
+        """Begin to write a checkpoint; the state may change as soon as this returns.
+
+        Args:
+          step: of the state.
+          state: what to keep.
+          evaluation: the last one, empty before the first.
+          is_new: whether the evaluation is of this state, so that this checkpoint may be the best.
 
         Raises:
-          UserError: it could not be written; those before it are still there.
+          UserError: this one, or the one before, could not be written; earlier ones are still there.
         """
+        self.wait()
+        on_first_host(lambda: self._reserve(sum(leaf.nbytes for leaf in jax.tree.leaves(state))))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), evaluation=ocp.args.JsonSave(dict(evaluation)))
         with naming_orbax(self._workdir):
-            reserve(self._workdir / ".space", sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-            self._manager.save(step, args=args, force=True)
+            self._manager.save(step, args=args, metrics=dict(evaluation) if is_new else None, force=True)
+
+    def wait(self) -> None:
+        """Return when what `save` began is complete on disk.
+
+        Raises:
+          UserError: it could not be written; earlier checkpoints are still there.
+        """
+        with naming_orbax(self._workdir):
             self._manager.wait_until_finished()
-            seal(self._folder / str(step))
+
+    def _claim(self, identity: dict[str, Any]) -> None:
+        with naming(self._workdir):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._workdir / ".lock").open("w")
+            (self._workdir / ".space").unlink(missing_ok=True)  # of a run killed while it asked for space
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is using the workdir {self._workdir}: stop it, or give another") from error
+        self._check_identity(identity)
+
+    def _seal(self) -> None:
+        (unnamed,) = self._folder.glob("*.orbax-checkpoint-tmp*")
+        seal(unnamed)
+
+    def _reserve(self, size: int) -> None:
+        with naming(self._workdir):
+            reserve(self._workdir / ".space", size)
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
         file = self._workdir / "config.json"
@@ -140,25 +185,37 @@ class Checkpoints:
                 + "\ngive another --workdir, or the config that it belongs to"
             )
 
-    def _restore(self, step: int, like: TrainState) -> Any:
+    def _damage(self, step: int) -> str:
+        """What is wrong with a checkpoint; empty if nothing is."""
         folder = self._folder / str(step)
-        sealed = is_sealed(folder)  # else the run was killed when Orbax had just completed it
-        if sealed:
-            check_seal(folder)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), evaluation=ocp.args.JsonRestore())
         try:
+            if not is_sealed(folder):
+                return "it has no checksums"
+            check_seal(folder)
+        except DamagedError as error:
+            return str(error)
+        return ""
+
+    def _restore(self, step: int, like: TrainState) -> Any:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), evaluation=ocp.args.JsonRestore())
+        with naming_orbax(self._folder / str(step)):
             return self._manager.restore(step, args=args)
-        except Exception as error:  # whatever Orbax and TensorStore raise for what damage there is
-            if sealed:
-                raise
-            raise DamagedError(str(error).strip().split("\n")[0][:200]) from error
 
     def _set_aside(self, step: int) -> str:
         target = self._workdir / "damaged_checkpoints" / str(step)
-        with naming(target):
-            target.parent.mkdir(exist_ok=True)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(self._folder / str(step), target)
+
+        def move() -> None:
+            with naming(target):
+                target.parent.mkdir(exist_ok=True)
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(self._folder / str(step), target)
+
+        on_first_host(move)
         self._manager.reload()
         return str(target)
+
+
+def _merit(evaluation: Mapping[str, float]) -> float:
+    """The accuracy of the weights or of their moving average, whichever is better."""
+    return max(evaluation["accuracy"], evaluation.get("ema_accuracy", 0.0))

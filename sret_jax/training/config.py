@@ -13,15 +13,32 @@ from sret_jax.errors import UserError
 
 # Keys that say where or how a run computes, not what comes out. The others cannot change when a run goes on.
 HOW_NOT_WHAT = (
+    "checkpoint",
+    "data.max_broken",
     "data.path",
     "data.threads",
-    "mesh",
+    "data.workers",
+    "distributed",
     "log_every_steps",
-    "checkpoint",
+    "max_skipped_steps",
+    "mesh",
+    "mode",
     "model.remat",
     "model.scan_unroll",
+    "profile_steps",
+    "wandb_project",
 )
 
+_CHOICES = {"mode": ("train", "eval"), "optimizer.schedule": ("cosine", "constant")}
+_LEAST = {
+    "checkpoint.every_steps": 0,
+    "data.max_broken": 0,
+    "data.workers": 0,
+    "distributed.process": -1,
+    "distributed.processes": 0,
+    "profile_steps": 0,
+    "seed": 0,
+}
 
 _PROBABILITY = (0.0, 1.0, "a probability, 0 to 1")
 _DECAY = (0.0, 1 - 1e-9, "a number of at least 0 and below 1")
@@ -29,6 +46,7 @@ _RANGES = {
     "augment.flip": _PROBABILITY,
     "augment.erasing": _PROBABILITY,
     "augment.label_smoothing": _PROBABILITY,
+    "ema_decay": _DECAY,
     "data.eval_crop_ratio": (1e-9, 1.0, "a number above 0, at most 1"),
     "optimizer.b1": _DECAY,
     "optimizer.b2": _DECAY,
@@ -43,10 +61,20 @@ def base_config() -> ConfigDict:
     file and on the command line. The keys of `model` that stay None are as the named model has them.
     """
     config = ConfigDict()
+    config.mode = "train"  # or "eval": evaluate the weights at init_from, or the workdir's latest, and end
+    config.init_from = ""  # weights to start from: a converted file, a .pth, a workdir; empty is at random
+    config.init_ema = False  # of these, the moving average
     config.seed = 0  # decides on initialisation, order, augmentation, dropout and permutations
     config.epochs = 1
     config.batch_size = 1  # images in a step, over all devices
-    config.mesh = ConfigDict({"data": -1})  # size of each named axis of the device mesh; -1 is "all devices"
+    config.accumulation = 1  # parts that a batch is computed in, one behind the other
+    config.ema_decay = 0.0  # of the weights' moving average, evaluated beside them; 0 is off
+    config.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite, before the run is given up
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # sizes of the mesh of devices; -1 is "all that are left"
+    config.distributed = ConfigDict()  # where no TPU pod, SLURM, Open MPI or Kubernetes says it:
+    config.distributed.coordinator = ""  # "host:port" of process 0
+    config.distributed.processes = 0  # how many processes
+    config.distributed.process = -1  # which of them this is
 
     config.model = ConfigDict({"name": "sret_t"})
     config.model.image_size = placeholder(int)
@@ -59,15 +87,19 @@ def base_config() -> ConfigDict:
     config.model.scan_unroll = placeholder(bool)
 
     config.data = ConfigDict()
-    config.data.source = "digits"  # "digits", "synthetic" or a prepared TFDS dataset, e.g. "imagenet2012"
-    config.data.path = ""  # folder with TFDS datasets; empty is TFDS's own, ~/tensorflow_datasets
+    config.data.source = "digits"  # "folder", "digits", "synthetic" or a prepared TFDS dataset, e.g. "imagenet2012"
+    config.data.path = ""  # the folder of images, or that with TFDS datasets: empty is TFDS's, ~/tensorflow_datasets
     config.data.synthetic_examples = 10_000  # in each split of "synthetic"
     config.data.train_split = "train"
     config.data.eval_split = "test"
     config.data.crop_area = (1.0, 1.0)  # random resized crop: range of its part of the image's area
     config.data.crop_aspect = (1.0, 1.0)  # and of its width / height
     config.data.eval_crop_ratio = 1.0  # part of the shorter side that evaluation's central crop keeps
-    config.data.threads = 16  # that read and decode, on each host
+    config.data.rand_augment = ""  # timm's policy string, such as "rand-m9-mstd0.5-inc1"; empty is off
+    config.data.repeats = 1  # repeated augmentation: how often an image appears in an epoch of unchanged length
+    config.data.workers = 0  # processes that read and decode, on each host; 0 is this process
+    config.data.threads = 16  # in each of them
+    config.data.max_broken = 100  # different images on a host that may be unreadable, before the run is given up
 
     config.augment = ConfigDict()
     config.augment.flip = 0.0  # probability
@@ -78,6 +110,7 @@ def base_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.0  # peak for 512 images a step; in proportion for other batches
+    config.optimizer.schedule = "cosine"  # after the warm-up, or "constant"
     config.optimizer.warmup_epochs = 0.0
     config.optimizer.initial_learning_rate = 0.0  # where the warm-up starts
     config.optimizer.final_learning_rate = 0.0  # where the cosine ends
@@ -85,9 +118,15 @@ def base_config() -> ConfigDict:
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
+    config.optimizer.clip_norm = 0.0  # largest gradient norm; 0 is off
 
     config.log_every_steps = 50
-    config.checkpoint = ConfigDict({"every_epochs": 1, "keep": 2})
+    config.profile_steps = 0  # so many steps, from the 10th on, into WORKDIR/profile
+    config.wandb_project = ""  # Weights & Biases gets the metrics too; empty is off
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_epochs = 1
+    config.checkpoint.every_steps = 0  # and within epochs; 0 is off
+    config.checkpoint.keep = 2  # of the latest; the best is kept beside them
     return config
 
 
@@ -123,8 +162,10 @@ def _unmet(key: str, value: Any, default: Any) -> list[str]:
         return [] if pair and 0 < value[0] <= value[1] <= high else [f"(low, high) with 0 < low <= high <= {high}"]
     if not isinstance(value, type(default)) or (isinstance(value, bool) and not isinstance(default, bool)):
         return [f"a value like {default!r}"]
+    if key in _CHOICES:
+        return [] if value in _CHOICES[key] else [" or ".join(map(repr, _CHOICES[key]))]
     if isinstance(default, int) and not isinstance(default, bool):
-        least = 0 if key == "seed" else 1
+        least = _LEAST.get(key, 1)
         return [] if value >= least else [f"at least {least}"]
     return []
 
@@ -143,5 +184,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The keys that decide on a run's result, as `config.…`, with values as JSON gives them back (lists for tuples)."""
     flat = sorted(flatten(config).items())
-    deciding = {f"config.{key}": value for key, value in flat if not key.startswith(HOW_NOT_WHAT)}
+    deciding = {
+        f"config.{key}": value
+        for key, value in flat
+        if not any(key == how or key.startswith(how + ".") for how in HOW_NOT_WHAT)
+    }
     return json.loads(json.dumps(deciding))

@@ -1,4 +1,4 @@
-"""AdamW with the original's decay groups, and the warm-up cosine schedule."""
+"""AdamW with the original's decay groups, and the learning rate schedule: a warm-up, then a cosine or a constant."""
 
 import math
 from collections.abc import Callable
@@ -30,6 +30,11 @@ def warmup_cosine(
     return schedule
 
 
+def warmup_constant(peak: float, *, warmup_steps: int, initial: float = 1e-6) -> Schedule:
+    """Learning rate by step: linear from `initial` to `peak`, which then stays, as DeiT fine-tunes."""
+    return warmup_cosine(peak, steps=1, warmup_steps=warmup_steps, initial=initial, final=peak)
+
+
 def decay_mask(params: Any) -> Any:
     """True for the parameters that weight decay applies to: the kernels of convolutions and linear layers.
 
@@ -40,7 +45,17 @@ def decay_mask(params: Any) -> Any:
 
 
 def adamw(
-    learning_rate: Schedule | float, *, weight_decay: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+    learning_rate: Schedule | float,
+    *,
+    weight_decay: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """AdamW as PyTorch's, decaying only `decay_mask`'s parameters."""
-    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
+    """AdamW as PyTorch's, decaying only `decay_mask`'s parameters.
+
+    With a positive `clip_norm`, gradients whose norm over all parameters is larger are scaled down to it before.
+    """
+    optimizer = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer

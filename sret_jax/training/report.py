@@ -12,12 +12,15 @@ import datetime
 import json
 import math
 import numbers
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX.event_file_writer import EventsWriter
@@ -27,8 +30,10 @@ from tensorboardX.proto.summary_pb2 import Summary
 from sret_jax.errors import UserError
 from sret_jax.files import naming, replace
 from sret_jax.training.curves import draw_curves
+from sret_jax.training.weights_and_biases import open_wandb_run
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
+_WAITING_WORTH_SAYING = 0.05  # part of a step
 
 
 class Report:
@@ -38,9 +43,11 @@ class Report:
     for training steps at most one in ten seconds.
 
     Each call of `train` and `evaluation` adds a line to `metrics.jsonl` at once: an object with `step`, `epoch` (a
-    fraction within an epoch), `kind` ("train" or "evaluation"), the metrics as given, `images_per_second` (training
-    only, see `train`) and `seconds` (that the run has taken so far, its interrupted parts up to the step where each was
-    taken up again included). A number that is not finite, or not known yet, is null.
+    fraction within an epoch), `kind` ("train" or "evaluation"), the metrics as given, `seconds` (that the run has taken
+    so far, its interrupted parts up to the step where each was taken up again included), and, for training,
+    `images_per_second` and `step_seconds` (see `train`), `host_memory_bytes` and, where devices tell it,
+    `device_memory_bytes`: the most so far, of this process and of its first device. A number that is not finite, or
+    not known yet, is null.
 
     Entering drops what an interrupted run recorded after `first_step`, from `metrics.jsonl` and from what TensorBoard
     shows, for these steps are done again. If `first_step` is 0 nothing has been done, and all is dropped.
@@ -51,6 +58,7 @@ class Report:
         first_step: training steps that are done already: 0, or what the checkpoint that is resumed from holds.
         steps_per_epoch: training steps that make an epoch.
         batch_size: training images per step, over all devices.
+        wandb_project: of Weights & Biases, which gets the same numbers; empty is none.
         active: whether to show and write anything: only on process 0 of a run on several hosts.
         console: where to print; by default standard output.
         clock: returns seconds from any fixed point in time.
@@ -68,6 +76,7 @@ class Report:
         first_step: int,
         steps_per_epoch: int,
         batch_size: int,
+        wandb_project: str = "",
         active: bool = True,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -77,13 +86,15 @@ class Report:
         self._first_step = first_step
         self._steps_per_epoch = steps_per_epoch
         self._batch_size = batch_size
+        self._wandb_project = wandb_project
+        self._wandb_run: Any = None
         self._active = active
         self._clock = clock
         self._display = _Display(console or Console(), total_steps, first_step)
         self._began_at = clock()
         self._first_tick: tuple[int, float] | None = None  # step and time at the end of the first step
         self._interval_start: tuple[int, float] | None = None  # from where images per second are counted
-        self._images_per_second: float | None = None
+        self._step_seconds: float | None = None
         self._last_plain_line_at = -math.inf
 
     def __enter__(self) -> Self:
@@ -99,6 +110,8 @@ class Report:
         if self._active:
             self._display.close()
             self._records.close()
+            if self._wandb_run is not None:
+                self._wandb_run.finish(exit_code=0 if error is None else 1)
 
     def start(self, *, model: str, **facts: object) -> None:
         """Prints what is about to run, one aligned line per fact, and keeps it in `run.json`.
@@ -111,6 +124,8 @@ class Report:
             return
         facts = {"model": model, **facts}
         replace(_facts_path(self._workdir), json.dumps(facts, indent=2, default=str, ensure_ascii=False) + "\n")
+        if self._wandb_project:
+            self._wandb_run = open_wandb_run(self._wandb_project, self._workdir, facts)
         epochs = self._total_steps / self._steps_per_epoch
         plan = f"{self._total_steps:,} steps of {self._batch_size:,} images, {epochs:.4g} epochs"
         if self._first_step:
@@ -136,7 +151,8 @@ class Report:
 
         Args:
             step: number of the step, from 1.
-            metrics: numbers by name, among them `loss` and `learning_rate`.
+            metrics: numbers by name, among them `loss` and `learning_rate`; also shown, where there are such:
+                `data_seconds`, that a step waited for its batch on average, and `skipped`, how many steps.
         """
         if not self._active:
             return
@@ -144,14 +160,22 @@ class Report:
         if self._interval_start is not None and step > self._interval_start[0]:
             interval_step, interval_time = self._interval_start
             if now > interval_time:  # a clock may be too coarse for one tiny step
-                self._images_per_second = (step - interval_step) * self._batch_size / (now - interval_time)
+                self._step_seconds = (now - interval_time) / (step - interval_step)
         self._interval_start = (step, now)
         self._first_tick = self._first_tick or (step, now)
-        self._record("train", step, {**metrics, "images_per_second": self._images_per_second})
+        speed = self._batch_size / self._step_seconds if self._step_seconds else None
+        self._record(
+            "train", step, {**metrics, "images_per_second": speed, "step_seconds": self._step_seconds, **_memory()}
+        )
 
         numbers_text = [f"loss {metrics['loss']:.4f}", f"lr {metrics['learning_rate']:.2e}"]
-        if self._images_per_second is not None:
-            numbers_text.append(f"{self._images_per_second:,.{0 if self._images_per_second >= 100 else 1}f} images/s")
+        if self._step_seconds and speed:
+            numbers_text.append(f"{speed:,.{0 if speed >= 100 else 1}f} images/s")
+            waiting = metrics.get("data_seconds", 0.0) / self._step_seconds
+            if waiting > _WAITING_WORTH_SAYING:
+                numbers_text.append(f"{min(waiting, 1):.0%} waiting for data")
+        if metrics.get("skipped"):
+            numbers_text.append(f"{metrics['skipped']:.0f} steps skipped, not finite")
         self._display.numbers(numbers_text)
         self._display.move(step, self._time_left(step))
         is_due = now - self._last_plain_line_at >= _SECONDS_BETWEEN_PLAIN_LINES or step == self._total_steps
@@ -172,6 +196,8 @@ class Report:
         line = [self._place(step), f"test accuracy {100 * metrics['accuracy']:.2f} %"]
         if "top5_accuracy" in metrics:
             line.append(f"top-5 {100 * metrics['top5_accuracy']:.2f} %")
+        if "ema_accuracy" in metrics:
+            line.append(f"of the moving average {100 * metrics['ema_accuracy']:.2f} %")
         self._display.line(*line, f"loss {metrics['loss']:.4f}")
         if self._interval_start is not None:
             self._interval_start = (step, self._clock())
@@ -181,12 +207,13 @@ class Report:
         if self._active:
             self._display.line(text)
 
-    def finish(self, *, accuracy: float, checkpoint: str) -> None:
+    def finish(self, *, accuracy: float, checkpoint: str, best_checkpoint: str) -> None:
         """Draws the learning curves, ends the bar and prints how the run came out.
 
         Args:
             accuracy: final test accuracy as a fraction.
             checkpoint: where the final checkpoint lies.
+            best_checkpoint: and the one with the best evaluation.
         """
         if not self._active:
             return
@@ -196,6 +223,7 @@ class Report:
             {
                 "test accuracy": f"{100 * accuracy:.2f} %",
                 "checkpoint": checkpoint,
+                "best checkpoint": best_checkpoint,
                 "learning curves": picture,
                 "took": _duration(self._clock() - self._began_at),
             }
@@ -205,6 +233,8 @@ class Report:
         epoch = round(step / self._steps_per_epoch, 4)
         seconds = round(self._clock() - self._began_at, 3)
         self._records.write({"step": step, "epoch": epoch, "kind": kind}, metrics, {"seconds": seconds})
+        if self._wandb_run is not None:
+            self._wandb_run.log({f"{kind}/{name}": value for name, value in metrics.items()}, step=step)
 
     def _place(self, step: int) -> str:
         epoch, epochs = step / self._steps_per_epoch, self._total_steps / self._steps_per_epoch
@@ -333,6 +363,14 @@ class _Records:
         with naming(self._events_path):
             self._events.write_event(event)
             self._events.flush()
+
+
+def _memory() -> dict[str, int]:
+    """The most that this process, and its first device where that tells it, have used."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    used = {"host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    stats = jax.local_devices()[0].memory_stats()
+    return {**used, "device_memory_bytes": stats["peak_bytes_in_use"]} if stats else used
 
 
 def _metrics_path(workdir: str) -> Path:

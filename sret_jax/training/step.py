@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from sret_jax.data.augment import mixup_cutmix, normalize, random_erasing, random_flip
 from sret_jax.models.sret import SReT
-from sret_jax.training.mesh import replicated, split_batch
+from sret_jax.training.mesh import place, replicated, sharded, split_batch
 from sret_jax.training.optimizer import Schedule
 
 Batch = Mapping[str, jax.Array]
@@ -22,10 +22,12 @@ Metrics = dict[str, jax.Array]
 class TrainState(flax.struct.PyTreeNode):
     """All that a training step changes. Randomness is a function of the seed and `step`, so no key is kept."""
 
-    step: jax.Array  # int32, steps done
+    step: jax.Array  # int32, steps done, with those skipped
+    skipped: jax.Array  # int32, steps that changed nothing, because their loss or gradient was not finite
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
+    ema: dict[str, Any] | None = None  # the moving average of `variables`, if one is kept
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -52,30 +54,49 @@ class Augmentation:
         return mixup_cutmix(mix_key, images, targets, self.mixup, self.cutmix)
 
 
-def init_state(model: SReT, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """The state before the first step, the same on every device."""
-    return jax.jit(_initializer(model, optimizer, seed), out_shardings=replicated(mesh))()
+def init_state(
+    model: SReT, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, *, ema: bool = False
+) -> TrainState:
+    """The state before the first step, the same on any mesh; `ema` is whether to keep a moving average."""
+    init = _initializer(model, optimizer, seed, ema)
+    return jax.jit(init, out_shardings=sharded(mesh, jax.eval_shape(init)))()
 
 
-def abstract_state(model: SReT, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: SReT, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False
+) -> TrainState:
     """What a state consists of, `jax.ShapeDtypeStruct`s with shardings: to restore one without making one."""
+    state = jax.eval_shape(_initializer(model, optimizer, 0, ema))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        sharded(mesh, state),
+    )
 
-    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
 
-    return jax.tree.map(placed, jax.eval_shape(_initializer(model, optimizer, seed=0)))
+def with_variables(state: TrainState, variables: Mapping[str, Any], mesh: Mesh) -> TrainState:
+    """The state with other variables, where fine-tuning starts; a moving average begins with them too."""
+    state = state.replace(params=variables["params"], batch_stats=variables["batch_stats"])
+    changed = {"params": state.params, "batch_stats": state.batch_stats}
+    if state.ema is not None:
+        changed["ema"] = state.variables
+    return state.replace(**place(changed, sharded(mesh, changed)))
 
 
-def _initializer(model: SReT, optimizer: optax.GradientTransformation, seed: int) -> Callable[[], TrainState]:
+def _initializer(
+    model: SReT, optimizer: optax.GradientTransformation, seed: int, ema: bool
+) -> Callable[[], TrainState]:
     def init() -> TrainState:
         images = jnp.zeros((1, model.image_size, model.image_size, 3))
         variables = model.init(jax.random.key(seed), images)
-        return TrainState(
+        state = TrainState(
             step=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
             params=variables["params"],
             batch_stats=variables["batch_stats"],
             opt_state=optimizer.init(variables["params"]),
         )
+        return state.replace(ema=state.variables) if ema else state
 
     return init
 
@@ -87,40 +108,90 @@ def make_train_step(
     augmentation: Augmentation,
     seed: int,
     mesh: Mesh,
+    *,
+    accumulation: int = 1,
+    ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); the old state's memory is reused.
 
     The batch holds "image", uint8 (batch, height, width, 3), and "label", int32 (batch,), split over the mesh. Metrics
-    are float32 scalars over the global batch: loss, learning_rate and gradient_norm, all of this step.
+    are float32 scalars over the global batch: loss, learning_rate, gradient_norm (before clipping), all of this step,
+    and skipped, 1 if the loss or the gradient norm was not finite: then nothing but the count of steps has changed.
+
+    With `accumulation`, the augmented batch is cut into so many parts, one behind the other, and the gradients are
+    averaged: memory for activations is that of a part, and so is the batch that BatchNorm sees.
+
+    With a positive `ema_decay` d the state keeps the average a = d a + (1 - d) v of all variables v, BatchNorm's
+    statistics among them, as timm's ModelEma does.
     """
+
+    def loss_and_gradients(
+        params: Any, batch_stats: Any, images: jax.Array, targets: jax.Array, rngs: Mapping[str, jax.Array]
+    ) -> tuple[tuple[jax.Array, Any], Any]:
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            # Gathered as a whole: without the constraint, XLA may choose to split the activations in odd ways.
+            logits, updates = model.apply(
+                {"params": jax.lax.with_sharding_constraint(params, whole), "batch_stats": batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs=rngs,
+            )
+            return optax.softmax_cross_entropy(logits, targets).mean(), updates["batch_stats"]
+
+        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+    def accumulated(
+        params: Any, batch_stats: Any, images: jax.Array, targets: jax.Array, rngs: Mapping[str, jax.Array]
+    ) -> tuple[tuple[jax.Array, Any], Any]:
+        def add(carry: tuple[Any, Any, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[Any, Any, Any], None]:
+            loss_sum, gradient_sum, batch_stats = carry
+            number, images, targets = part
+            part_rngs = {name: jax.random.fold_in(rng, number) for name, rng in rngs.items()}
+            (loss, batch_stats), gradients = loss_and_gradients(params, batch_stats, images, targets, part_rngs)
+            return (loss_sum + loss, jax.tree.map(jnp.add, gradient_sum, gradients), batch_stats), None
+
+        def parts(array: jax.Array) -> jax.Array:
+            # Neighbours go to different parts, so that every part lies on all devices as the batch does.
+            return array.reshape(-1, accumulation, *array.shape[1:]).swapaxes(0, 1)
+
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), batch_stats)
+        numbers = jnp.arange(accumulation)
+        (loss, gradients, batch_stats), _ = jax.lax.scan(add, zeros, (numbers, parts(images), parts(targets)))
+        return (loss / accumulation, batch_stats), jax.tree.map(lambda g: g / accumulation, gradients)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         augment_key, dropout_key, permutation_key = jax.random.split(key, 3)
         images, targets = augmentation(augment_key, batch, model.num_classes)
+        rngs = {"dropout": dropout_key, "permutation": permutation_key}
+        differentiate = loss_and_gradients if accumulation == 1 else accumulated
+        (loss, batch_stats), gradients = differentiate(state.params, state.batch_stats, images, targets, rngs)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            logits, updates = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": dropout_key, "permutation": permutation_key},
-            )
-            return optax.softmax_cross_entropy(logits, targets).mean(), updates["batch_stats"]
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        stepped = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state)
+        if ema_decay:
+            stepped = stepped.replace(ema=jax.tree.map(_averaged, state.ema, stepped.variables))
 
-        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        gradient_norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         metrics = {
             "loss": loss,
-            "learning_rate": schedule(state.step),
-            "gradient_norm": optax.tree.norm(grads),
+            "learning_rate": schedule(state.step - state.skipped),
+            "gradient_norm": gradient_norm,
+            "skipped": 1.0 - finite,
         }
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+        return kept.replace(step=state.step + 1, skipped=state.skipped + ~finite), metrics
+
+    def _averaged(average: jax.Array, value: jax.Array) -> jax.Array:
+        counts = jnp.issubdtype(value.dtype, jnp.integer)
+        return value if counts else average + (1 - ema_decay) * (value - average)
 
     whole = replicated(mesh)
-    return jax.jit(train_step, in_shardings=(whole, split_batch(mesh)), out_shardings=(whole, whole), donate_argnums=0)
+    placed = sharded(mesh, abstract_state(model, optimizer, mesh, ema=bool(ema_decay)))
+    return jax.jit(train_step, in_shardings=(placed, split_batch(mesh)), out_shardings=(placed, whole), donate_argnums=0)
 
 
 def make_eval_step(model: SReT, mesh: Mesh) -> Callable[[Mapping[str, Any], Batch], Metrics]:
@@ -131,6 +202,7 @@ def make_eval_step(model: SReT, mesh: Mesh) -> Callable[[Mapping[str, Any], Batc
     """
 
     def eval_step(variables: Mapping[str, Any], batch: Batch) -> Metrics:
+        variables = jax.lax.with_sharding_constraint(variables, whole)
         logits = cast(jax.Array, model.apply(variables, normalize(batch["image"])))
         labels, mask = batch["label"], batch["mask"]
         _, ranked = jax.lax.top_k(logits, min(5, model.num_classes))
@@ -144,4 +216,4 @@ def make_eval_step(model: SReT, mesh: Mesh) -> Callable[[Mapping[str, Any], Batc
         return {name: jnp.where(mask, value, 0).sum(dtype=jnp.float32) for name, value in per_example.items()}
 
     whole = replicated(mesh)
-    return jax.jit(eval_step, in_shardings=(whole, split_batch(mesh)), out_shardings=whole)
+    return jax.jit(eval_step, in_shardings=(None, split_batch(mesh)), out_shardings=whole)

@@ -1,0 +1,149 @@
+"""What a config describes: data, network, optimizer, the train step and the state that it starts from."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sret_jax.data.pipeline import Batch, train_batches
+from sret_jax.data.sources import Source, open_source
+from sret_jax.errors import UserError
+from sret_jax.models.sret import SReT
+from sret_jax.models.zoo import create_model
+from sret_jax.training.optimizer import Schedule, adamw, warmup_constant, warmup_cosine
+from sret_jax.training.step import (
+    Augmentation,
+    Metrics,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_train_step,
+    with_variables,
+)
+from sret_jax.weights.store import load_variables
+
+TrainStep = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
+
+
+def open_sources(config: ConfigDict) -> tuple[Source, Source]:
+    """The training and the evaluation split."""
+    data = config.data
+    image_size = config.model.image_size or create_model(config.model.name).image_size
+    train_source, eval_source = (
+        open_source(data.source, split, data.path, image_size=image_size, length=data.synthetic_examples)
+        for split in (data.train_split, data.eval_split)
+    )
+    return train_source, eval_source
+
+
+def make_model(config: ConfigDict, num_classes: int) -> SReT:
+    """The network that the config names, with its overrides and the dataset's classes."""
+    fields = {key: value for key, value in config.model.items() if key != "name" and value is not None}
+    return create_model(config.model.name, num_classes=num_classes, **fields)
+
+
+def make_optimizer(config: ConfigDict, epoch_steps: int) -> tuple[Schedule, optax.GradientTransformation]:
+    """The learning rate schedule, and AdamW under it."""
+    settings = config.optimizer
+    peak = settings.learning_rate * config.batch_size / 512
+    warmup_steps = round(settings.warmup_epochs * epoch_steps)
+    if settings.schedule == "constant":
+        schedule = warmup_constant(peak, warmup_steps=warmup_steps, initial=settings.initial_learning_rate)
+    else:
+        schedule = warmup_cosine(
+            peak,
+            steps=config.epochs * epoch_steps,
+            warmup_steps=warmup_steps,
+            initial=settings.initial_learning_rate,
+            final=settings.final_learning_rate,
+        )
+    optimizer = adamw(
+        schedule,
+        weight_decay=settings.weight_decay,
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        clip_norm=settings.clip_norm,
+    )
+    return schedule, optimizer
+
+
+def make_training(config: ConfigDict, model: SReT, epoch_steps: int, mesh: Mesh) -> tuple[TrainStep, TrainState]:
+    """The jitted train step, and what its state consists of, as `abstract_state` gives it."""
+    if config.batch_size % (config.accumulation * mesh.devices.size):
+        raise UserError(
+            f"config.accumulation is {config.accumulation}: {mesh.devices.size} devices cannot share so many parts of a "
+            f"batch of {config.batch_size}. Expected a batch size that their product, "
+            f"{config.accumulation * mesh.devices.size}, divides"
+        )
+    schedule, optimizer = make_optimizer(config, epoch_steps)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        schedule,
+        Augmentation(**config.augment),
+        config.seed,
+        mesh,
+        accumulation=config.accumulation,
+        ema_decay=config.ema_decay,
+    )
+    return train_step, abstract_state(model, optimizer, mesh, ema=bool(config.ema_decay))
+
+
+def initial_state(
+    config: ConfigDict, model: SReT, epoch_steps: int, mesh: Mesh, say: Callable[[str], None]
+) -> TrainState:
+    """The state before the first step: random, or with the weights that `config.init_from` names.
+
+    Args:
+      config: as for `train`.
+      model: the network. A head of another number of classes is replaced, the position embedding resized.
+      epoch_steps: as `steps_per_epoch` says.
+      mesh: of the devices.
+      say: called with a line for a person, for each change that the weights needed.
+
+    Raises:
+      UserError: the weights cannot be read or are of another network.
+    """
+    _, optimizer = make_optimizer(config, epoch_steps)
+    state = init_state(model, optimizer, config.seed, mesh, ema=bool(config.ema_decay))
+    if not config.init_from:
+        return state
+    with warnings_to(say):
+        variables = load_variables(config.init_from, model, ema=config.init_ema, fresh_head=True)
+    return with_variables(state, variables, mesh)
+
+
+def training_batches(
+    config: ConfigDict, model: SReT, source: Source, first_step: int, rows: list[int]
+) -> Iterator[Batch]:
+    """These rows of every training batch from `first_step` on."""
+    return train_batches(
+        source,
+        batch_size=config.batch_size,
+        image_size=model.image_size,
+        seed=config.seed,
+        first_batch=first_step,
+        rows=rows,
+        crop_area=config.data.crop_area,
+        crop_aspect=config.data.crop_aspect,
+        repeats=config.data.repeats,
+        rand_augment=config.data.rand_augment,
+        max_broken=config.data.max_broken,
+        num_threads=config.data.threads,
+        num_workers=config.data.workers,
+    )
+
+
+@contextlib.contextmanager
+def warnings_to(say: Callable[[str], None]) -> Iterator[None]:
+    """Give what is warned of to a function, line by line, once the context ends."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        say(str(warning.message))

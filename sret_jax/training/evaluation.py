@@ -1,0 +1,85 @@
+"""Top-1 and top-5 accuracy over a whole split, every example counted once."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sret_jax.data.pipeline import eval_batches
+from sret_jax.data.sources import Source
+from sret_jax.models.sret import SReT
+from sret_jax.training.build import make_model, open_sources, warnings_to
+from sret_jax.training.config import check_config
+from sret_jax.training.mesh import local_rows, make_mesh, place, put_batch, replicated
+from sret_jax.training.step import Metrics, TrainState, make_eval_step
+from sret_jax.weights.store import load_variables
+
+Evaluate = Callable[[Mapping[str, Any]], dict[str, float]]
+
+
+def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
+    """Evaluate the weights that `config.init_from` names, or those of the workdir's last checkpoint.
+
+    Args:
+      config: as for `train`.
+      workdir: of a training run, or unused. Nothing is written.
+
+    Returns:
+      accuracy, top5_accuracy, loss, examples.
+
+    Raises:
+      UserError: what a user can mend; the message says how.
+    """
+    check_config(config)
+    mesh = make_mesh(config.mesh, config.batch_size)
+    _, source = open_sources(config)
+    model = make_model(config, source.num_classes)
+    path = config.init_from or workdir
+    with warnings_to(print):
+        variables = load_variables(path, model, ema=config.init_ema)
+    variables = place(variables, jax.tree.map(lambda _: replicated(mesh), variables))
+    metrics = make_evaluation(config, model, source, mesh)(variables)
+    if jax.process_index() == 0:
+        print(f"weights        {path}{', moving average' if config.init_ema else ''}")
+        print(f"test images    {source.name}: {metrics['examples']:,.0f}")
+        print(f"test accuracy  {100 * metrics['accuracy']:.2f} %")
+        print(f"top-5          {100 * metrics['top5_accuracy']:.2f} %")
+        print(f"loss           {metrics['loss']:.4f}")
+    return metrics
+
+
+def make_evaluation(config: ConfigDict, model: SReT, source: Source, mesh: Mesh) -> Evaluate:
+    """A function from variables to their metrics over the whole source, every example counted once."""
+    eval_step = make_eval_step(model, mesh)
+
+    def evaluate(variables: Mapping[str, Any]) -> dict[str, float]:
+        batches = eval_batches(
+            source,
+            batch_size=config.batch_size,
+            image_size=model.image_size,
+            crop_ratio=config.data.eval_crop_ratio,
+            rows=local_rows(mesh, config.batch_size),
+            max_broken=config.data.max_broken,
+            num_threads=config.data.threads,
+            num_workers=config.data.workers,
+        )
+        sums: list[Metrics] = []
+        for batch in batches:
+            sums.append(eval_step(variables, put_batch(batch, mesh)))
+            jax.block_until_ready(sums[-2:][0])  # else batches pile up on the device
+        totals = {name: float(np.sum([s[name] for s in jax.device_get(sums)])) for name in sums[0]}
+        examples = totals.pop("examples")
+        return {**{name: total / examples for name, total in totals.items()}, "examples": examples}
+
+    return evaluate
+
+
+def evaluate_state(evaluate: Evaluate, state: TrainState) -> dict[str, float]:
+    """Metrics of the weights, and, with `ema_` before their names, of the moving average if there is one."""
+    metrics = evaluate(state.variables)
+    if state.ema is not None:
+        metrics |= {f"ema_{name}": value for name, value in evaluate(state.ema).items() if name != "examples"}
+    return metrics

@@ -1,0 +1,78 @@
+"""The metrics of training steps, from the device to the log, and the end of a run that diverges."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from sret_jax.errors import UserError
+from sret_jax.training.checkpoints import Checkpoints
+from sret_jax.training.step import Metrics
+
+# One would leave the device idle while the host prepares the next; with many, batches would pile up there.
+_STEPS_UNDER_WAY = 2
+
+
+class StepMetrics:
+    """Metrics of the steps since the last look at them; until then they stay on the device."""
+
+    def __init__(self, checkpoints: Checkpoints, max_skipped: int) -> None:
+        self._checkpoints = checkpoints
+        self._max_skipped = max_skipped
+        self._skipped_in_a_row = 0
+        self._pending: list[tuple[int, Metrics]] = []
+        self._waited: list[float] = []
+
+    def add(self, step: int, metrics: Metrics, waited: float) -> None:
+        """Take the metrics of a step, for whose batch the host waited so many seconds.
+
+        Returns when no more than two steps are under way on the device.
+        """
+        self._pending.append((step, metrics))
+        self._waited.append(waited)
+        jax.block_until_ready(self._pending[: -_STEPS_UNDER_WAY][-1:])
+
+    def take(self) -> dict[str, float]:
+        """Of the steps since the last call: mean loss, gradient norm and seconds waited, skipped steps, last rate.
+
+        The means are of the steps that were not skipped, and not finite if all were.
+
+        Raises:
+          UserError: too many steps in a row were skipped.
+        """
+        pending, waited = jax.device_get(self._pending), self._waited
+        self._pending, self._waited = [], []
+        for step, metrics in pending:
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["skipped"] else 0
+            if self._skipped_in_a_row == self._max_skipped:
+                after = f", as were the {self._max_skipped - 1} before it" if self._max_skipped > 1 else ""
+                raise diverged(f"step {step} was skipped{after}", metrics, self._checkpoints)
+        good = [metrics for _, metrics in pending if not metrics["skipped"]]
+        means = {name: float(np.mean([m[name] for m in good]) if good else np.nan) for name in ("loss", "gradient_norm")}
+        return {
+            **means,
+            "skipped": len(pending) - len(good),
+            "learning_rate": float(pending[-1][1]["learning_rate"]),
+            "data_seconds": float(np.mean(waited)),
+        }
+
+
+def check_finite(step: int, evaluation: Mapping[str, float], checkpoints: Checkpoints) -> None:
+    """Refuse an evaluation that is not finite.
+
+    Raises:
+      UserError: with the step, and the checkpoint before it.
+    """
+    if not np.isfinite(list(evaluation.values())).all():
+        raise diverged(f"the evaluation after step {step} is not finite", evaluation, checkpoints)
+
+
+def diverged(what: str, metrics: Mapping[str, Any], checkpoints: Checkpoints) -> UserError:
+    """The error for metrics, of training or evaluation, that are not finite."""
+    good = checkpoints.latest_step()
+    return UserError(
+        f"training diverged: {what}: {', '.join(f'{name} {value}' for name, value in metrics.items())}; "
+        + (f"the last good checkpoint is {checkpoints.path(good)}" if good else "there is no checkpoint before it")
+        + ". Lower config.optimizer.learning_rate or lengthen config.optimizer.warmup_epochs, in a new workdir"
+    )
