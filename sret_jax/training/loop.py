@@ -146,8 +146,7 @@ def training_batches(config: ConfigDict, model: SReT, source: Source, first_step
         first_batch=first_step,
         crop_area=config.data.crop_area,
         crop_aspect=config.data.crop_aspect,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=_host_rows(config.batch_size),
         num_threads=config.data.threads,
     )
 
@@ -162,8 +161,7 @@ def make_evaluation(config: ConfigDict, model: SReT, source: Source, mesh: Mesh)
             batch_size=config.batch_size,
             image_size=model.image_size,
             crop_ratio=config.data.eval_crop_ratio,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=_host_rows(config.batch_size),
             num_threads=config.data.threads,
         )
         sums = [eval_step(state.variables, put_batch(batch, mesh)) for batch in batches]
@@ -172,6 +170,11 @@ def make_evaluation(config: ConfigDict, model: SReT, source: Source, mesh: Mesh)
         return {**{name: total / examples for name, total in totals.items()}, "examples": examples}
 
     return evaluate
+
+
+def _host_rows(batch_size: int) -> range:
+    rows = batch_size // jax.process_count()
+    return range(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 
 class _RecentMetrics:
