@@ -150,7 +150,7 @@ def _open(encoded: Encoded) -> _Opened:
     try:
         image = Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError:
-        raise ValueError("it is neither JPEG nor PNG nor in another format that Pillow reads") from None
+        raise ValueError("neither JPEG nor PNG nor another format that Pillow reads") from None
     return _Opened(image.width, image.height, image)
 
 

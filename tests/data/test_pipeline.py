@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import logging
 from typing import Any
 
 import numpy as np
@@ -206,8 +205,8 @@ def broken_source(name: str) -> Source:
 
 
 REASONS = [
-    "image 2 of {0} is left out: it does not decode: image file is truncated (0 bytes not processed)",
-    "image 3 of {0} is left out: it is neither JPEG nor PNG nor in another format that Pillow reads",
+    "image 2 of {0} is left out: it does not decode: image file is truncated",
+    "image 3 of {0} is left out: it does not decode: neither JPEG nor PNG nor another format that Pillow reads",
     "image 4 of {0} is left out: it is empty",
     "image 5 of {0} is left out: its label 8 is none of the classes 0 to 7",
 ]
