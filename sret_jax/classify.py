@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from PIL import Image
 
 from sret_jax.data.augment import normalize
-from sret_jax.data.pipeline import central_crop
+from sret_jax.data.decode import central_crop
 from sret_jax.errors import UserError
 from sret_jax.models.sret import SReT
 
@@ -35,9 +35,8 @@ def classify(
     if not model.num_classes:
         raise UserError("the model has no head, and so no classes: create it with the number of its weights' classes")
     try:
-        with Image.open(path) as file:
-            image = central_crop(file.convert("RGB"), model.image_size)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        image = central_crop(Path(path).read_bytes(), model.image_size)
+    except Exception as error:  # what is raised for broken bytes depends on the format and the damage
         raise UserError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
     logits = jax.jit(model.apply)(variables, normalize(jnp.asarray(image[None])))
     probabilities, classes = jax.lax.top_k(jax.nn.softmax(logits[0]), min(top, model.num_classes))

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import logging
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,8 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from sret_jax.data.pipeline import Batch, eval_batches, random_crop_box, steps_per_epoch, train_batches
+from sret_jax.data.decode import random_crop_box
+from sret_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
 from sret_jax.data.sources import Source, open_source
 from sret_jax.errors import UserError
 
@@ -61,23 +61,12 @@ def test_continuing_at_a_batch_equals_an_uninterrupted_run(numbered_source: Sour
     np.testing.assert_equal(continued, uninterrupted[first_batch:])
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_a_global_batch_is_the_same_for_any_number_of_hosts(numbered_source: Source, process_count: int) -> None:
-    def rows(batches: tuple[Batch, ...]) -> set[tuple[bytes, int]]:
-        return {
-            (image.tobytes(), int(label))
-            for batch in batches
-            for image, label in zip(batch["image"], batch["label"], strict=True)
-        }
-
-    hosts = [
-        take(numbered_source, 7, first_batch=3, process_index=i, process_count=process_count)
-        for i in range(process_count)
-    ]
-    for whole, *shares in zip(take(numbered_source, 7, first_batch=3), *hosts, strict=True):
-        assert all(share["label"].shape == (BATCH // process_count,) for share in shares)
-        assert rows(tuple(shares)) == rows((whole,))
-        assert len(rows((whole,))) == BATCH
+@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[3], [0], [2], [1]], [[2, 0, 3], [1]]])
+def test_a_row_of_a_batch_is_the_same_whoever_loads_it(numbered_source: Source, shares: list[list[int]]) -> None:
+    whole = take(numbered_source, 7, first_batch=3, repeats=3)
+    for rows in shares:
+        share = take(numbered_source, 7, first_batch=3, repeats=3, rows=rows)
+        np.testing.assert_equal(share, [{name: batch[name][rows] for name in batch} for batch in whole])
 
 
 def test_train_batches_have_the_shapes_and_types_promised(digits_folder: Any) -> None:
@@ -90,11 +79,13 @@ def test_train_batches_have_the_shapes_and_types_promised(digits_folder: Any) ->
     np.testing.assert_array_equal(batch["image"][..., 0], batch["image"][..., 2])
 
 
-def test_a_crop_of_everything_is_pillows_bicubic_resize() -> None:
+def test_a_crop_of_everything_is_nearly_pillows_bicubic_resize() -> None:
     pixels = np.random.default_rng(0).integers(256, size=(50, 50, 3), dtype=np.uint8)
     source = Source([{"image": encode(pixels), "label": 6}], 10, "one")
     (batch,) = take(source, 1, batch_size=1, image_size=32, crop_area=(1, 1), crop_aspect=(1, 1))
-    np.testing.assert_array_equal(batch["image"][0], Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC))
+    resized = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
+    difference = np.abs(batch["image"][0].astype(int) - np.asarray(resized))
+    assert difference.max() <= 10 and difference.mean() < 0.5  # of noise, the worst case
     assert batch["label"] == [6]
 
 
@@ -150,26 +141,17 @@ def test_where_no_box_fits_the_crop_is_the_largest_central_one(
     assert random_crop_box(*size, np.random.default_rng(0), area=(1.1, 1.2)) == box
 
 
-@pytest.mark.parametrize("process_count", [1, 3])
+@pytest.mark.parametrize("hosts", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [6, 24, 30])
-def test_evaluation_sees_every_example_once(numbered_source: Source, process_count: int, batch_size: int) -> None:
-    hosts = [
-        list(
-            eval_batches(
-                numbered_source,
-                batch_size=batch_size,
-                image_size=8,
-                process_index=i,
-                process_count=process_count,
-                num_threads=2,
-            )
-        )
-        for i in range(process_count)
+def test_evaluation_sees_every_example_once(numbered_source: Source, hosts: int, batch_size: int) -> None:
+    local = batch_size // hosts
+    shares = [
+        list(eval_batches(numbered_source, batch_size=batch_size, image_size=8, rows=rows, num_threads=2))
+        for rows in (range(host * local, (host + 1) * local) for host in range(hosts))
     ]
-    assert {len(batches) for batches in hosts} == {-(-23 // batch_size)}
+    assert {len(batches) for batches in shares} == {-(-23 // batch_size)}
     seen: list[int] = []
-    for batch in itertools.chain(*hosts):
-        local = batch_size // process_count
+    for batch in itertools.chain(*shares):
         assert batch["image"].shape == (local, 8, 8, 3) and batch["image"].dtype == np.uint8
         assert batch["label"].shape == (local,) and batch["label"].dtype == np.int32
         assert batch["mask"].shape == (local,) and batch["mask"].dtype == np.bool_
@@ -214,35 +196,98 @@ def test_images_of_any_mode_become_rgb(mode: str) -> None:
     assert (batch["image"] == 255).all()
 
 
-def test_an_image_that_does_not_decode_is_logged_and_replaced_in_training(caplog: pytest.LogCaptureFixture) -> None:
-    good = encode(np.zeros((8, 8, 3), np.uint8))
-    images = [good, good, good[:-30], b"not an image"]  # The last is followed by the first.
-    source = Source([{"image": image, "label": label} for label, image in enumerate(images)], 4, "partly broken")
-    with caplog.at_level(logging.WARNING, "sret_jax"):
-        (batch,) = take(source, 1)
-    assert sorted(batch["label"]) == [0, 0, 0, 1]
-    assert {record.getMessage().partition(" does")[0] for record in caplog.records} == {
-        "image 2 of partly broken",
-        "image 3 of partly broken",
-    }
-
-
-def test_an_image_that_does_not_decode_is_logged_and_masked_in_evaluation(caplog: pytest.LogCaptureFixture) -> None:
+def broken_source(name: str) -> Source:
+    """Eight images, of which 0, 1, 6 and 7 are good."""
     good = encode(np.full((8, 8, 3), 9, np.uint8))
-    source = Source([{"image": image, "label": 1} for image in [good, b"", good]], 2, "masked")
-    with caplog.at_level(logging.WARNING, "sret_jax"):
-        (batch,) = eval_batches(source, batch_size=3, image_size=8, num_threads=2)
-    np.testing.assert_array_equal(batch["mask"], [True, False, True])
-    assert not batch["image"][1].any()
-    # Threads of an earlier test may still be reading ahead.
-    messages = [record.getMessage() for record in caplog.records if "of masked" in record.getMessage()]
-    assert len(messages) == 1 and messages[0].startswith("image 1 of masked does not decode")
+    images = [good, good, good[:-30], b"not an image", b"", good, good, good]
+    labels = [0, 1, 2, 3, 4, 8, 6, 7]
+    return Source([{"image": i, "label": k} for i, k in zip(images, labels, strict=True)], 8, name)
 
 
-def test_a_dataset_of_broken_images_is_the_users_error() -> None:
-    source = Source([{"image": b"broken", "label": 0}] * 40, 1, "broken")
-    with pytest.raises(UserError, match="16 images in a row of broken do not decode"):
+REASONS = [
+    "image 2 of {0} is left out: it does not decode: image file is truncated",
+    "image 3 of {0} is left out: it does not decode: neither JPEG nor PNG nor another format that Pillow reads",
+    "image 4 of {0} is left out: it is empty",
+    "image 5 of {0} is left out: its label 8 is none of the classes 0 to 7",
+]
+
+
+def messages_of(source: Source, caplog: pytest.LogCaptureFixture) -> list[str]:
+    return sorted(record.getMessage() for record in caplog.records if source.name in record.getMessage())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_image_is_reported_once_and_replaced_by_the_next_good_one_in_training(
+    caplog: pytest.LogCaptureFixture, num_workers: int
+) -> None:
+    source = broken_source(f"training {num_workers}")
+    batches = take(source, 6, batch_size=8, num_workers=num_workers, max_broken=4)
+    for batch in batches:
+        assert sorted(batch) == ["image", "label"]
+        assert sorted(batch["label"]) == [0, 1, 6, 6, 6, 6, 6, 7]
+        assert (batch["image"] == 9).all()
+    assert messages_of(source, caplog) == [reason.format(source.name) for reason in REASONS]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_image_is_reported_once_and_masked_in_evaluation(
+    caplog: pytest.LogCaptureFixture, num_workers: int
+) -> None:
+    source = broken_source(f"evaluation {num_workers}")
+    for _ in range(2):
+        batches = list(eval_batches(source, batch_size=5, image_size=8, num_workers=num_workers, max_broken=4))
+        assert [sorted(batch) for batch in batches] == [["image", "label", "mask"]] * 2
+        labels, mask = (np.concatenate([batch[name] for batch in batches]) for name in ("label", "mask"))
+        np.testing.assert_array_equal(labels, [0, 1, 0, 0, 0, 0, 6, 7, 0, 0])
+        np.testing.assert_array_equal(mask, [1, 1, 0, 0, 0, 0, 1, 1, 0, 0])
+        assert not np.concatenate([batch["image"] for batch in batches])[~mask].any()
+    assert messages_of(source, caplog) == [reason.format(source.name) for reason in REASONS]
+
+
+class NamedExamples(list[dict[str, Any]]):
+    """Examples that know their files."""
+
+    def file_name(self, index: int) -> str:
+        return f"folder/{index}.jpg"
+
+
+def test_a_broken_image_is_reported_by_the_name_of_its_file(caplog: pytest.LogCaptureFixture) -> None:
+    good = {"image": np.zeros((8, 8, 3), np.uint8), "label": 0}
+    source = Source(NamedExamples([good, {"image": b"", "label": 0}]), 1, "named")
+    list(eval_batches(source, batch_size=2, image_size=8))
+    assert "folder/1.jpg is left out: it is empty" in caplog.messages
+
+
+def test_more_broken_images_than_allowed_are_the_users_error() -> None:
+    source = broken_source("too many")
+    message = r"of too many's 8 images are broken, among them image . of too many, .*Expected at most 3.*max_broken"
+    with pytest.raises(UserError, match=message):
+        take(source, 6, batch_size=8, max_broken=3)
+    with pytest.raises(UserError, match=message):
+        list(eval_batches(source, batch_size=8, image_size=8, max_broken=3))
+
+
+def test_a_source_of_broken_images_is_the_users_error() -> None:
+    source = Source([{"image": b"broken", "label": 0}] * 40, 1, "all broken")
+    with pytest.raises(UserError, match="40 of all broken's 40 images are broken"):
         take(source, 1)
+
+
+@pytest.mark.parametrize("first_batch", [0, 3])
+def test_worker_processes_change_nothing(numbered_source: Source, first_batch: int) -> None:
+    arguments = {"first_batch": first_batch, "repeats": 3, "rand_augment": "rand-m9-mstd0.5-inc1", "rows": [1, 2]}
+    expected = take(numbered_source, 9, **arguments)
+    for num_workers in (1, 4):
+        np.testing.assert_equal(take(numbered_source, 9, num_workers=num_workers, **arguments), expected)
+
+
+def test_an_image_is_repeated_side_by_side_and_cropped_anew(numbered_source: Source) -> None:
+    batches = take(numbered_source, 2 * STEPS, repeats=3)
+    labels = np.concatenate([batch["label"] for batch in batches]).reshape(2, STEPS * BATCH)
+    images = np.concatenate([batch["image"] for batch in batches])
+    order = np.concatenate([batch["label"] for batch in take(numbered_source, 2 * STEPS)]).reshape(2, STEPS * BATCH)
+    np.testing.assert_array_equal(labels, np.repeat(order, 3, axis=1)[:, : STEPS * BATCH])
+    assert len({image.tobytes() for image in images}) == len(images)
 
 
 def test_steps_per_epoch_counts_complete_batches(numbered_source: Source) -> None:
@@ -252,10 +297,3 @@ def test_steps_per_epoch_counts_complete_batches(numbered_source: Source) -> Non
 def test_a_batch_larger_than_the_source_is_the_users_error(numbered_source: Source) -> None:
     with pytest.raises(UserError, match="batch size is 24, but numbered has only 23 examples"):
         train_batches(numbered_source, batch_size=24, image_size=8, seed=0)
-
-
-def test_a_batch_that_the_hosts_cannot_share_is_the_users_error(numbered_source: Source) -> None:
-    with pytest.raises(UserError, match=r"batch size is 10, which 4 hosts cannot share equally.*choose 12"):
-        train_batches(numbered_source, batch_size=10, image_size=8, seed=0, process_count=4)
-    with pytest.raises(UserError, match=r"batch size is 10, which 4 hosts cannot share equally.*choose 12"):
-        eval_batches(numbered_source, batch_size=10, image_size=8, process_count=4)
