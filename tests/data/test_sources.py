@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from sret_jax.data import sources
+from sret_jax.data import digits, sources
 from sret_jax.data.sources import open_source
 from sret_jax.errors import UserError
 
@@ -59,9 +59,9 @@ def test_digits_are_written_without_tensorflow_and_quietly(tmp_path: Path) -> No
 def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     program = (
         "import os, sys\n"
-        "from sret_jax.data import sources\n"
+        "from sret_jax.data import digits, sources\n"
         "calls = []\n"
-        "sources._encode_png = lambda image: calls.append(image) or (os._exit(9) if len(calls) > 1700 else b'bytes')\n"
+        "digits._encode_png = lambda image: calls.append(image) or (os._exit(9) if len(calls) > 1700 else b'bytes')\n"
         "sources.open_source('digits', 'train', sys.argv[1])\n"
     )
     assert subprocess.run([sys.executable, "-c", program, tmp_path], check=False).returncode == 9
@@ -72,14 +72,14 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path: Path) -> N
 
 
 def test_the_slower_of_two_writers_reads_what_the_faster_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_png, faster = sources._encode_png, []
+    encode_png, faster = digits._encode_png, []
 
     def encode_after_the_faster_writer(image: np.ndarray) -> bytes:
-        monkeypatch.setattr(sources, "_encode_png", encode_png)
+        monkeypatch.setattr(digits, "_encode_png", encode_png)
         faster.append(open_source("digits", "train", str(tmp_path)))
         return encode_png(image)
 
-    monkeypatch.setattr(sources, "_encode_png", encode_after_the_faster_writer)
+    monkeypatch.setattr(digits, "_encode_png", encode_after_the_faster_writer)
     slower = open_source("digits", "train", str(tmp_path))
     assert len(faster) == 1
     assert slower.examples[7] == faster[0].examples[7]
