@@ -146,11 +146,14 @@ def _list_split(folder: str, sub_folder: str, class_names: tuple[str, ...]) -> t
 
 def _image_names(folder: str, class_folder: str) -> np.ndarray:
     """The images below one class's folder, sorted by folder, then by name."""
-    names = []
+    names_in = {}
     root = os.path.join(folder, class_folder)
-    for inside, _, files in sorted(os.walk(root, onerror=_raise_unlistable, followlinks=True)):
-        prefix = os.path.relpath(inside, folder)
-        names += [f"{prefix}/{file}" for file in sorted(files) if file.lower().endswith(_IMAGE_SUFFIXES)]
+    for inside, _, files in os.walk(root, onerror=_raise_unlistable, followlinks=True):
+        target, parent = os.path.realpath(inside), os.path.realpath(os.path.dirname(inside))
+        if os.path.commonpath([target, parent]) == target:
+            raise UserError(f"{inside} is a symbolic link to a folder around it. Expected no circles: remove the link")
+        names_in[os.path.relpath(inside, folder)] = [name for name in files if name.lower().endswith(_IMAGE_SUFFIXES)]
+    names = [f"{inside}/{name}" for inside in sorted(names_in) for name in sorted(names_in[inside])]
     return np.array([os.fsencode(name) for name in names], np.bytes_)
 
 

@@ -1,52 +1,32 @@
 """`python -m sret_jax.data.pack FOLDER OUT`: a folder of images becomes a TFDS dataset, without TensorFlow."""
 
 import argparse
-import concurrent.futures
 import contextlib
-import dataclasses
 import fcntl
-import functools
 import hashlib
 import itertools
 import logging
 import os
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from sret_jax.data.folder import FolderExamples, list_classes, list_folder, split_folders
+from sret_jax.data.shards import Shard, example_features, plan_shards, write_shards
 from sret_jax.errors import UserError
-from sret_jax.files import naming, refused, replace
+from sret_jax.files import naming, replace
 
 _LOG = logging.getLogger(__name__)
 
 _VERSION = "1.0.0"
-_SHARD_BYTES = 256 * 2**20
-
-# One image in a group, so that reading one decodes no other. Images are compressed already.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 
 # Lies in the dataset: the hash of what it was made from.
 _ORIGIN = "packed_from.sha256"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    """One file of the dataset: `examples[start:stop]`."""
-
-    path: Path
-    examples: FolderExamples
-    start: int
-    stop: int
 
 
 def pack(
@@ -83,14 +63,14 @@ def pack(
     home = Path(out).expanduser() / name
     complete, incomplete = home / _VERSION, home / f"{_VERSION}.incomplete"
     with _locked(home):
-        shards = {split: _plan_shards(examples, name, split, incomplete) for split, examples in splits.items()}
+        shards = {split: plan_shards(examples, name, split, incomplete) for split, examples in splits.items()}
         origin = _origin_hash(shards)
         _refuse_others(home, complete, incomplete, origin)
         if not complete.exists():
             with naming(incomplete):
                 incomplete.mkdir(exist_ok=True)
             replace(incomplete / _ORIGIN, origin)
-            _write_shards(list(itertools.chain(*shards.values())), workers, advance)
+            write_shards(list(itertools.chain(*shards.values())), workers, advance)
             _write_metadata(incomplete, shards)
             os.sync()  # or a power cut could leave the name without the content
             with naming(complete):
@@ -146,122 +126,31 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _plan_shards(examples: FolderExamples, name: str, split: str, folder: Path) -> list[_Shard]:
-    """Cuts a split wherever another 256 MiB of images are full."""
-    sizes = _file_sizes(examples)
-    before = np.cumsum(sizes) - sizes
-    starts = np.flatnonzero(np.diff(before // _SHARD_BYTES, prepend=-1)).tolist()
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
-    )
-    paths = template.sharded_filepaths(len(starts))
-    ends = [*starts[1:], len(examples)]
-    return [_Shard(Path(path), examples, *range_) for path, *range_ in zip(paths, starts, ends, strict=True)]
-
-
-def _file_sizes(examples: FolderExamples) -> np.ndarray:
-    def sizes(indices: range) -> list[int]:
-        found = []
-        for index in indices:
-            with naming(path := Path(examples.file_name(index))):
-                found.append(path.stat().st_size)
-        return found
-
-    indices = range(len(examples))
-    with concurrent.futures.ThreadPoolExecutor() as executor:
-        parts = executor.map(sizes, [indices[start : start + 1000] for start in indices[::1000]])
-        return np.array(list(itertools.chain(*parts)), np.int64)
-
-
-def _origin_hash(shards: Mapping[str, list[_Shard]]) -> str:
-    """A hash of the images' names, their classes, and where the shards are cut."""
-    digest = hashlib.sha256(_WRITER_OPTIONS.encode())
+def _origin_hash(shards: Mapping[str, list[Shard]]) -> str:
+    """A hash of the images' names and sizes, their classes, and where the files are cut."""
+    digest = hashlib.sha256()
     for split, parts in sorted(shards.items()):
         examples = parts[0].examples
-        for text in [split, *examples.class_names, *(str(part.start) for part in parts)]:
-            digest.update(text.encode() + b"\n")
-        for name in examples.names.tolist():
-            digest.update(name + b"\n")
+        cuts = [f"{part.start} {part.image_bytes}" for part in parts]
+        for line in [split, *examples.class_names, *cuts, *map(os.fsdecode, examples.names)]:
+            digest.update(os.fsencode(line) + b"\n")
     return digest.hexdigest() + "\n"
 
 
 def _refuse_others(home: Path, complete: Path, incomplete: Path, origin: str) -> None:
     """Refuses to add to what was not packed from the same images: TFDS would read the one or the other."""
+    ours = {complete: [origin], incomplete: [origin, ""]}  # the second where a kill came before it was written
     with naming(home):
         for entry in sorted(home.iterdir()):
-            known = (entry / _ORIGIN).read_text(encoding="utf-8") if (entry / _ORIGIN).exists() else ""
-            # A kill may have come before the incomplete one had this file.
-            is_ours = entry == incomplete and known in (origin, "") if entry != complete else known == origin
-            if entry.name != ".lock" and not is_ours:
+            found = (entry / _ORIGIN).read_text(encoding="utf-8") if (entry / _ORIGIN).exists() else ""
+            if entry.name != ".lock" and found not in ours.get(entry, []):
                 raise UserError(
                     f"{entry} is another dataset, or one packed from other images. Expected nothing, or what an "
                     "interrupted packing of the same images left: give another name or another folder, or delete it"
                 )
 
 
-def _write_shards(shards: list[_Shard], workers: int, advance: Callable[[int, int], object]) -> None:
-    total = sum(shard.stop - shard.start for shard in shards)
-    serializer = ExampleSerializer(_features(shards[0].examples).get_serialized_info())
-    with concurrent.futures.ThreadPoolExecutor(workers) as executor:
-        write = functools.partial(_write_shard, serializer=serializer)
-        running = [executor.submit(write, shard, advance=lambda count: advance(count, total)) for shard in shards]
-        try:
-            for future in concurrent.futures.as_completed(running):
-                future.result()
-        finally:  # what was begun is completed, and kept
-            executor.shutdown(cancel_futures=True)
-
-
-def _write_shard(shard: _Shard, serializer: ExampleSerializer, advance: Callable[[int], object]) -> None:
-    """Writes one file under another name, reads it back, and gives it its own, unless it has that already."""
-    if shard.path.exists():
-        advance(shard.stop - shard.start)
-        return
-    new = shard.path.with_name(shard.path.name + ".incomplete")
-    try:
-        with contextlib.closing(ArrayRecordWriter(str(new), _WRITER_OPTIONS)) as writer:
-            checksum = 0
-            for index in range(shard.start, shard.stop):
-                record = _record(shard.examples, index, serializer)
-                checksum = zlib.crc32(record, checksum)
-                writer.write(record)
-                advance(1)
-        with naming(shard.path):
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
-            if _count_and_checksum(new) != (shard.stop - shard.start, checksum):
-                raise UserError(f"{new} does not read back as it was written. Expected a sound disk: check it")
-            os.replace(new, shard.path)
-    except RuntimeError as error:  # what ArrayRecord makes of the system's refusals
-        raise refused(shard.path, error) from error
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def _record(examples: FolderExamples, index: int, serializer: ExampleSerializer) -> bytes:
-    with naming(path := Path(examples.file_name(index))):
-        image = path.read_bytes()
-    example = {"image": image, "label": int(examples.labels[index]), "file_name": bytes(examples.names[index])}
-    return serializer.get_tf_example(example).SerializeToString(deterministic=True)
-
-
-def _count_and_checksum(path: Path) -> tuple[int, int]:
-    with contextlib.closing(ArrayRecordReader(str(path))) as reader:
-        count = reader.num_records()
-        return count, functools.reduce(lambda checksum, _: zlib.crc32(reader.read(), checksum), range(count), 0)
-
-
-def _features(examples: FolderExamples) -> tfds.features.FeaturesDict:
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(),
-            "label": tfds.features.ClassLabel(names=examples.class_names),
-            "file_name": tfds.features.Text(),
-        }
-    )
-
-
-def _write_metadata(folder: Path, shards: Mapping[str, list[_Shard]]) -> None:
+def _write_metadata(folder: Path, shards: Mapping[str, list[Shard]]) -> None:
     """Adds what TFDS wants to know: features, classes, splits and their files."""
     split_infos = [
         tfds.core.SplitInfo(
@@ -274,7 +163,7 @@ def _write_metadata(folder: Path, shards: Mapping[str, list[_Shard]]) -> None:
     with naming(folder):
         tfds.folder_dataset.write_metadata(
             data_dir=folder,
-            features=_features(shards["train"][0].examples),
+            features=example_features(shards["train"][0].examples.class_names),
             split_infos=split_infos,
             version=_VERSION,
             description="A folder of images, packed by sret_jax.data.pack.",
@@ -308,9 +197,7 @@ def main() -> None:
         sys.exit(f"error: {error}" if isinstance(error, UserError) else "stopped: the same command goes on")
     splits = tfds.builder_from_directory(done).info.splits.values()
     print(", ".join(f"{split.name}: {split.num_examples:,} images in {split.num_shards} files" for split in splits))
-    print(
-        f"{done} is complete: --config.data.source={done.parent.name} --config.data.path={done.parent.parent} reads it"
-    )
+    print(f"{done} is read by --config.data.source={done.parent.name} --config.data.path={done.parent.parent}")
 
 
 if __name__ == "__main__":
