@@ -127,7 +127,11 @@ def test_examples_are_sent_in_little_more_than_their_names(tmp_path: Path) -> No
         (["train/a/1.jpg"], "train[1:]", r"no image in .*'train\[1:\]'.*\.jpeg"),
         (["train/a/1.txt"], "train", r"no image in .*'train'.*train/<class>/<image>.*\.jpeg"),
         (["train/a/1.jpg", "val/1.jpg"], "val", r"no image in .*'val'.*val/<class>/<image>"),
-        (["train/a/1.jpg", "val/b/1.jpg"], "val", r"/val/b is not a class: train has no sub-folder 'b'\. Expected the 1"),
+        (
+            ["train/a/1.jpg", "val/b/1.jpg"],
+            "val",
+            r"/val/b is not a class: train has no sub-folder 'b'\. Expected the 1",
+        ),
         (["train/a/1.jpg", "val/b/1.jpg", "val/c/1.jpg"], "val", r"/val/b is not a class.*nor 1 others of val"),
         (["val/a/1.jpg", "test/a/1.jpg"], "val", r"has the sub-folders \['test', 'val'\]. Expected train/<class>"),
         (["1.jpg"], "train", r"has the sub-folders \[\]. Expected train/<class>"),

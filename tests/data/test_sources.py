@@ -129,6 +129,65 @@ def test_a_part_of_a_split_can_be_opened(digits_folder: Path) -> None:
     assert len(part.examples) == 10
 
 
+def test_a_folder_of_images_is_opened_by_its_path(image_folder: Path) -> None:
+    source = open_source("folder", "validation", str(image_folder))
+    assert (source.num_classes, source.class_names) == (3, ("ant", "bee", "cat"))
+    assert source.name == f"{image_folder} validation"
+    assert [source.examples[index]["label"] for index in range(len(source.examples))] == [0, 0, 2, 2, 2, 2]
+    with pytest.raises(UserError, match="`folder` has no path"):
+        open_source("folder", "train")
+
+
+def test_a_folder_of_images_taken_for_a_dataset_names_the_source_that_reads_it(image_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no dataset 'imagenet2012'.*choose the source `folder`.*sret_jax.data.pack"):
+        open_source("imagenet2012", "train", str(image_folder))
+
+
+def test_classes_without_names_are_called_by_their_numbers(digits_folder: Path) -> None:
+    assert open_source("digits", "train", str(digits_folder)).class_names == tuple("0123456789")
+    assert open_source("synthetic", "train", num_classes=3).class_names == ("0", "1", "2")
+
+
+def test_examples_that_were_no_files_are_called_by_their_numbers(digits_folder: Path) -> None:
+    for name in ["digits", "synthetic"]:
+        assert open_source(name, "train", str(digits_folder)).examples.file_name(7) == "number 7"
+
+
+def test_a_dataset_may_have_any_features_beside_image_and_label(tmp_path: Path) -> None:
+    class Named(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "named"
+        VERSION = tfds.core.Version("2.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = {
+                "image": tfds.features.Image(),
+                "label": tfds.features.ClassLabel(names=["yes", "no"]),
+                "file_name": tfds.features.Text(),
+                "boxes": tfds.features.Sequence(tfds.features.BBoxFeature()),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager: object) -> dict[str, Iterator[Any]]:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[Any]:
+            for number in range(2):
+                image = digits._encode_png(np.full((3, 3, 3), number, np.uint8))
+                yield number, {"image": image, "label": 1 - number, "file_name": f"{image[-9]}.png", "boxes": []}
+
+    Named(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    by_name = open_source("named", "train", str(tmp_path))
+    by_its_folder = open_source(str(tmp_path / "named" / "2.0.0"), "train")
+    for source in [by_name, by_its_folder]:
+        assert (source.num_classes, source.class_names) == (2, ("yes", "no"))
+        for index in range(2):
+            example = source.examples[index]
+            assert example.keys() == {"image", "label"}
+            number = 1 - example["label"]
+            assert example["image"] == digits._encode_png(np.full((3, 3, 3), number, np.uint8))
+            assert source.examples.file_name(index) == f"{example['image'][-9]}.png"
+
+
 def test_an_unknown_split_names_the_splits(digits_folder: Path) -> None:
     with pytest.raises(UserError, match=r"no split 'validation'.*\['test', 'train'\]"):
         open_source("digits", "validation", str(digits_folder))
