@@ -1,34 +1,35 @@
-"""Where images come from: datasets prepared by TFDS, the built-in handwritten digits, and random images."""
+"""Where images come from: folders, datasets prepared by TFDS, the built-in handwritten digits, and random images."""
 
-import contextlib
 import dataclasses
-import io
-import logging
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 from tensorflow_datasets.core import constants as tfds_constants
 from tensorflow_datasets.core import read_only_builder
+from tensorflow_datasets.proto import tf_example_pb2
 
+from sret_jax.data.digits import write_digits_once
+from sret_jax.data.folder import list_folder
 from sret_jax.errors import UserError
-
-_LOG = logging.getLogger(__name__)
 
 
 class Examples(Protocol):
     """Random access to `{"image": encoded bytes or uint8 (height, width, channels), "label": int}`.
 
-    `__getitem__` is called from several threads at once.
+    The bytes are as they are on disk, whatever they hold, and empty where a file cannot be read. So whoever decodes
+    them also reports what is broken, by `file_name`. Both methods are called from several threads at once.
     """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+    def file_name(self, index: int, /) -> str:
+        """What a message calls one example: its file, or its number where it was made of no file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,13 @@ class Source:
       examples: its images, still encoded, and their labels.
       num_classes: labels are in `range(num_classes)`.
       name: dataset and split, as messages show it.
+      class_names: in the order of the labels. Where a dataset has none, `open_source` gives their numbers.
     """
 
     examples: Examples
     num_classes: int
     name: str
+    class_names: tuple[str, ...] = ()
 
 
 def open_source(
@@ -58,12 +61,15 @@ def open_source(
     """Opens one split of a dataset; nothing is decoded and nothing is read over the network.
 
     Args:
-      name: `digits` (scikit-learn's 8×8 grey handwritten digits; written as a TFDS dataset the first time),
-        `synthetic` (random images, nothing on disk), or a dataset that TFDS has prepared in a random access format,
-        such as `imagenet2012` or `cifar10:3.0.2`.
+      name: `folder` (of images, `train/<class>/<image>` and so on), `digits` (scikit-learn's 8×8 grey handwritten
+        digits; written as a TFDS dataset the first time), `synthetic` (random images, nothing on disk), or a dataset
+        that TFDS or `sret_jax.data.pack` has prepared in a random access format: its name, such as `imagenet2012` or
+        `cifar10:3.0.2`, or its own folder, in which `dataset_info.json` is.
       split: `train` or `test` for `digits`; any TFDS split for a dataset on disk, such as `validation` or
-        `train[:99%]`; any word for `synthetic`, whose splits differ.
-      path: the folder with TFDS datasets; empty for TFDS's own, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+        `train[:99%]`; for `folder` a sub-folder or a part of one in the same words, see `list_folder`; any word for
+        `synthetic`, whose splits differ.
+      path: the folder of images; or the folder with TFDS datasets, empty for TFDS's own, `$TFDS_DATA_DIR` or
+        `~/tensorflow_datasets`.
       image_size: height and width in pixels of `synthetic` images.
       num_classes: number of classes of `synthetic`.
       length: number of `synthetic` examples.
@@ -73,27 +79,39 @@ def open_source(
 
     Raises:
       UserError: if the dataset or the split does not exist, holds no images with class labels, or cannot be read at
-        random; if `digits` cannot be written below `path`.
+        random; if `digits` cannot be written below `path`; what `list_folder` raises.
     """
     if name == "synthetic":
-        examples = _SyntheticExamples(split, length, image_size, num_classes)
-        return Source(examples, num_classes, f"{name} {split}")
+        noise = _SyntheticExamples(split, length, image_size, num_classes)
+        return Source(noise, num_classes, f"{name} {split}", tuple(map(str, range(num_classes))))
+    if name == "folder":
+        if not path:
+            raise UserError("the source `folder` has no path. Expected the folder in which train/<class>/<image> are")
+        images = list_folder(os.path.expanduser(path), split)
+        return Source(images, len(images.class_names), f"{path} {split}", images.class_names)
     folder = os.path.expanduser(path or tfds_constants.DATA_DIR)
     if name == "digits":
-        _write_digits_once(folder)
+        write_digits_once(folder)
     return _open_prepared(name, split, folder)
 
 
 def _open_prepared(name: str, split: str, folder: str) -> Source:
+    own_folder = os.path.expanduser(name)
     try:
-        # Not `tfds.builder`: where the files are missing, that one asks Google Cloud Storage for them.
-        builder = read_only_builder.builder_from_files(name, data_dir=folder)
+        if os.path.exists(os.path.join(own_folder, "dataset_info.json")):
+            builder = read_only_builder.builder_from_directory(own_folder)
+        else:
+            # Not `tfds.builder`: where the files are missing, that one asks Google Cloud Storage for them.
+            builder = read_only_builder.builder_from_files(name, data_dir=folder)
     except (tfds.core.DatasetNotFoundError, ValueError, OSError) as error:
+        is_folder_of_images = os.path.isdir(os.path.join(folder, "train"))
+        hint = f"{folder} holds a folder `train`: if it is one of images, choose the source `folder`. "
         raise UserError(
-            f"no dataset {name!r}: looked for {os.path.join(folder, name.partition(':')[0])}. Expected `digits`, "
-            "`synthetic` or the name of a dataset that TFDS has prepared. Give the folder in which it is, or prepare "
-            f"it, where TensorFlow is installed, with `tfds build {name} --data_dir={folder} "
-            "--file_format=array_record`"
+            f"no dataset {name!r}: looked for {os.path.join(folder, name.partition(':')[0])}. Expected `folder`, "
+            "`digits`, `synthetic`, or the name or the own folder of a dataset that TFDS has prepared. "
+            f"{hint if is_folder_of_images else ''}Give the folder in which it is, or prepare it: from a folder of "
+            f"images with `python -m sret_jax.data.pack`, or, where TensorFlow is installed, with `tfds build {name} "
+            f"--data_dir={folder} --file_format=array_record`"
         ) from error
     features = dict(builder.info.features.items())
     image, label = features.get("image"), features.get("label")
@@ -103,7 +121,7 @@ def _open_prepared(name: str, split: str, folder: str) -> Source:
             "choose a dataset for image classification"
         )
     try:
-        examples = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        records = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
     except NotImplementedError as error:
         raise UserError(
             f"dataset {name!r} at {builder.data_dir} is stored as {builder.info.file_format.value}, which cannot be "
@@ -115,74 +133,28 @@ def _open_prepared(name: str, split: str, folder: str) -> Source:
             f"dataset {name!r} has no split {split!r}. Expected one of {sorted(builder.info.splits)} or a part of one, "
             "such as 'train[:99%]'"
         ) from error
-    return Source(examples, label.num_classes, f"{name} {split}")
+    return Source(_PreparedExamples(records), label.num_classes, f"{name} {split}", tuple(label.names))
 
 
-class _DigitsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """scikit-learn's digits: `train` 1437 and `test` 360, equal shares of each digit, in a fixed order."""
+@dataclasses.dataclass(frozen=True)
+class _PreparedExamples:
+    """Examples of a TFDS dataset. Parsed here: TFDS would take six times as long for the features that we leave out."""
 
-    name = "digits"
-    VERSION = tfds.core.Version("1.0.0")
+    records: Sequence[bytes]
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="1797 handwritten digits, 8×8 grey: the test part of UCI ML's optical recognition data.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(num_classes=10),
-                }
-            ),
-            disable_shuffling=True,
-        )
+    def __len__(self) -> int:
+        return len(self.records)
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Any]]]:
-        del dl_manager  # The digits come with scikit-learn.
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        features = self._features(index)
+        return {"image": features["image"].bytes_list.value[0], "label": features["label"].int64_list.value[0]}
 
-        images, labels = load_digits(return_X_y=True)
-        # 0..16 becomes 0..255.
-        images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-        train_images, test_images, train_labels, test_labels = train_test_split(
-            images, labels, test_size=360, stratify=labels, random_state=0
-        )
-        return {
-            "train": self._generate_examples(train_images, train_labels),
-            "test": self._generate_examples(test_images, test_labels),
-        }
+    def file_name(self, index: int, /) -> str:
+        names = self._features(index)["file_name"].bytes_list.value
+        return os.fsdecode(names[0]) if names else f"number {index}"
 
-    def _generate_examples(self, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, Any]]:
-        for key, (image, label) in enumerate(zip(images, labels, strict=True)):
-            # Encoded here: TFDS would ask TensorFlow to encode an array.
-            yield key, {"image": _encode_png(image), "label": int(label)}
-
-
-def _write_digits_once(folder: str) -> None:
-    """Writes the digits below `folder` unless they are there; no reader ever sees half of them.
-
-    TFDS writes into a folder of another name and renames it when complete, so that whichever of several writers is
-    last fails, and finds the dataset of the first.
-    """
-    builder = _DigitsBuilder(data_dir=folder, file_format="array_record")
-    try:
-        # TFDS prints its progress to both. Does nothing where the dataset is complete.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            builder.download_and_prepare()
-    except (OSError, ValueError, RuntimeError) as error:  # ArrayRecord reports a full disk as the last
-        if os.path.exists(builder.data_dir):
-            return
-        raise UserError(
-            f"the digits cannot be written below {folder}: {error}. Expected a folder that may be written to, with "
-            "1 MB left: give another one, or set TFDS_DATA_DIR"
-        ) from error
-
-
-def _encode_png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
+    def _features(self, index: int) -> Mapping[str, Any]:
+        return tf_example_pb2.Example.FromString(self.records[index]).features.feature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,3 +175,6 @@ class _SyntheticExamples:
         rng = np.random.default_rng((zlib.crc32(self.split.encode()), index))
         image = rng.integers(256, size=(self.image_size, self.image_size, 3), dtype=np.uint8)
         return {"image": image, "label": int(rng.integers(self.num_classes))}
+
+    def file_name(self, index: int, /) -> str:
+        return f"number {index}"

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from sret_jax.data import sources
+from sret_jax.data import digits, sources
 from sret_jax.data.sources import open_source
 from sret_jax.errors import UserError
 
@@ -59,9 +59,9 @@ def test_digits_are_written_without_tensorflow_and_quietly(tmp_path: Path) -> No
 def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     program = (
         "import os, sys\n"
-        "from sret_jax.data import sources\n"
+        "from sret_jax.data import digits, sources\n"
         "calls = []\n"
-        "sources._encode_png = lambda image: calls.append(image) or (os._exit(9) if len(calls) > 1700 else b'bytes')\n"
+        "digits._encode_png = lambda image: calls.append(image) or (os._exit(9) if len(calls) > 1700 else b'bytes')\n"
         "sources.open_source('digits', 'train', sys.argv[1])\n"
     )
     assert subprocess.run([sys.executable, "-c", program, tmp_path], check=False).returncode == 9
@@ -72,14 +72,14 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path: Path) -> N
 
 
 def test_the_slower_of_two_writers_reads_what_the_faster_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_png, faster = sources._encode_png, []
+    encode_png, faster = digits._encode_png, []
 
     def encode_after_the_faster_writer(image: np.ndarray) -> bytes:
-        monkeypatch.setattr(sources, "_encode_png", encode_png)
+        monkeypatch.setattr(digits, "_encode_png", encode_png)
         faster.append(open_source("digits", "train", str(tmp_path)))
         return encode_png(image)
 
-    monkeypatch.setattr(sources, "_encode_png", encode_after_the_faster_writer)
+    monkeypatch.setattr(digits, "_encode_png", encode_after_the_faster_writer)
     slower = open_source("digits", "train", str(tmp_path))
     assert len(faster) == 1
     assert slower.examples[7] == faster[0].examples[7]
@@ -127,6 +127,65 @@ def test_a_part_of_a_split_can_be_opened(digits_folder: Path) -> None:
     whole, part = (open_source("digits", split, str(digits_folder)) for split in ["train", "train[100:110]"])
     assert [part.examples[i] for i in range(10)] == [whole.examples[i] for i in range(100, 110)]
     assert len(part.examples) == 10
+
+
+def test_a_folder_of_images_is_opened_by_its_path(image_folder: Path) -> None:
+    source = open_source("folder", "validation", str(image_folder))
+    assert (source.num_classes, source.class_names) == (3, ("ant", "bee", "cat"))
+    assert source.name == f"{image_folder} validation"
+    assert [source.examples[index]["label"] for index in range(len(source.examples))] == [0, 0, 2, 2, 2, 2]
+    with pytest.raises(UserError, match="`folder` has no path"):
+        open_source("folder", "train")
+
+
+def test_a_folder_of_images_taken_for_a_dataset_names_the_source_that_reads_it(image_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no dataset 'imagenet2012'.*choose the source `folder`.*sret_jax.data.pack"):
+        open_source("imagenet2012", "train", str(image_folder))
+
+
+def test_classes_without_names_are_called_by_their_numbers(digits_folder: Path) -> None:
+    assert open_source("digits", "train", str(digits_folder)).class_names == tuple("0123456789")
+    assert open_source("synthetic", "train", num_classes=3).class_names == ("0", "1", "2")
+
+
+def test_examples_that_were_no_files_are_called_by_their_numbers(digits_folder: Path) -> None:
+    for name in ["digits", "synthetic"]:
+        assert open_source(name, "train", str(digits_folder)).examples.file_name(7) == "number 7"
+
+
+def test_a_dataset_may_have_any_features_beside_image_and_label(tmp_path: Path) -> None:
+    class Named(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "named"
+        VERSION = tfds.core.Version("2.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = {
+                "image": tfds.features.Image(),
+                "label": tfds.features.ClassLabel(names=["yes", "no"]),
+                "file_name": tfds.features.Text(),
+                "boxes": tfds.features.Sequence(tfds.features.BBoxFeature()),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager: object) -> dict[str, Iterator[Any]]:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[Any]:
+            for number in range(2):
+                image = digits._encode_png(np.full((3, 3, 3), number, np.uint8))
+                yield number, {"image": image, "label": 1 - number, "file_name": f"{image[-9]}.png", "boxes": []}
+
+    Named(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    by_name = open_source("named", "train", str(tmp_path))
+    by_its_folder = open_source(str(tmp_path / "named" / "2.0.0"), "train")
+    for source in [by_name, by_its_folder]:
+        assert (source.num_classes, source.class_names) == (2, ("yes", "no"))
+        for index in range(2):
+            example = source.examples[index]
+            assert example.keys() == {"image", "label"}
+            number = 1 - example["label"]
+            assert example["image"] == digits._encode_png(np.full((3, 3, 3), number, np.uint8))
+            assert source.examples.file_name(index) == f"{example['image'][-9]}.png"
 
 
 def test_an_unknown_split_names_the_splits(digits_folder: Path) -> None:

@@ -1,0 +1,172 @@
+"""A folder of images, `<split>/<class>/<image>`, read as it is: images and order of torchvision's ImageFolder."""
+
+import concurrent.futures
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from sret_jax.errors import UserError
+
+# Those of torchvision's ImageFolder, in upper and lower case.
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+# That list class folders: on a disk over the network most of the time is waiting.
+_LISTING_THREADS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderExamples:
+    """Images of a folder, and which class each one is of. Small to keep and to send: names are rows of one array.
+
+    Attributes:
+      folder: what the names are relative to.
+      class_names: the sub-folders of `train`, sorted: in the order of the labels.
+      names: bytes (examples,), `<split>/<class>/<image>` as the file system has it.
+      labels: int32 (examples,).
+    """
+
+    folder: str
+    class_names: tuple[str, ...]
+    names: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        try:
+            image = Path(self.file_name(index)).read_bytes()
+        except OSError:  # One file that vanished must not end a run of days: it counts as a broken image.
+            image = b""
+        return {"image": image, "label": int(self.labels[index])}
+
+    def file_name(self, index: int, /) -> str:
+        """Path of the file of one example."""
+        return os.path.join(self.folder, os.fsdecode(self.names[index]))
+
+
+def split_folders(folder: str) -> dict[str, str]:
+    """The sub-folders of a folder of images by the names of their splits.
+
+    Each has its own name, and `val`, which is ImageNet's, also that which TFDS gives it: `validation`.
+
+    Raises:
+      UserError: if the folder cannot be read or has no sub-folder `train`.
+    """
+    splits = {name: name for name in _sub_folders(folder)}
+    if "train" not in splits:
+        raise UserError(
+            f"{folder} has the sub-folders {list(splits)}. Expected train/<class>/<image>, and val/<class>/<image> or "
+            "another split beside it: the sub-folders of train are the classes. Give the folder in which train is"
+        )
+    if "val" in splits:
+        splits.setdefault("validation", "val")
+    return splits
+
+
+def list_classes(folder: str) -> tuple[str, ...]:
+    """The classes of a folder of images in the order of their labels: the sub-folders of `train`, sorted.
+
+    Raises:
+      UserError: if `train` cannot be read.
+    """
+    return tuple(_sub_folders(os.path.join(folder, "train")))
+
+
+def list_folder(folder: str, split: str) -> FolderExamples:
+    """Lists the images of one split without opening any: sorted by class, then by name.
+
+    The classes are the sub-folders of `train`, in every split. Images may lie deeper than in their class's folder;
+    symbolic links are followed.
+
+    Args:
+      folder: holds `train/<class>/<image>`, `val/<class>/<image>` and so on.
+      split: a sub-folder, a part of one or several, in TFDS's words: `train`, `train[:99%]`, `train[-500:]+val`.
+        `validation` is `val`, where there is no sub-folder of that name.
+
+    Returns:
+      The examples.
+
+    Raises:
+      UserError: if a folder cannot be read, there is no such split, it holds no image or a class that `train` lacks.
+    """
+    splits = split_folders(folder)
+    class_names = list_classes(folder)
+    # Only what the split speaks of: listing a million images that nobody asked for takes its time.
+    listed = {
+        name: _list_split(folder, splits[name], class_names)
+        for name in dict.fromkeys(re.findall(r"[\w-]+", split))
+        if name in splits
+    }
+    lengths = {
+        name: tfds.core.SplitInfo(name=name, shard_lengths=[len(names)], num_bytes=0)
+        for name, (names, _) in listed.items()
+    }
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"{folder} has no split {split!r}. Expected one of {sorted(splits)} or a part of one, such as "
+            f"'train[:99%]' ({str(error).splitlines()[-1]})"
+        ) from error
+    names, labels = (
+        np.concatenate([listed[part.splitname][column][part.from_ : part.to] for part in parts]) for column in (0, 1)
+    )
+    if not len(names):
+        raise UserError(
+            f"there is no image in {folder}, split {split!r}. Expected files "
+            f"{splits.get(split, 'train')}/<class>/<image> whose names end in one of {', '.join(_IMAGE_SUFFIXES)}"
+        )
+    return FolderExamples(folder, class_names, names, labels)
+
+
+def _list_split(folder: str, sub_folder: str, class_names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Names and labels of all images of a sub-folder."""
+    present = _sub_folders(os.path.join(folder, sub_folder))
+    if unknown := sorted(set(present) - set(class_names)):
+        raise UserError(
+            f"{os.path.join(folder, sub_folder, unknown[0])} is not a class: train has no sub-folder {unknown[0]!r}"
+            + (f", nor {len(unknown) - 1} others of {sub_folder}" if unknown[1:] else "")
+            + f". Expected the {len(class_names)} sub-folders of train or some of them: rename or move what differs"
+        )
+    labels = {name: label for label, name in enumerate(class_names)}
+    with concurrent.futures.ThreadPoolExecutor(_LISTING_THREADS) as executor:
+        names = list(executor.map(lambda name: _image_names(folder, os.path.join(sub_folder, name)), present))
+    return (
+        np.concatenate([np.array([], np.bytes_), *names]),
+        np.repeat(np.array([labels[name] for name in present], np.int32), [len(part) for part in names]),
+    )
+
+
+def _image_names(folder: str, class_folder: str) -> np.ndarray:
+    """The images below one class's folder, sorted by folder, then by name."""
+    names_in = {}
+    root = os.path.join(folder, class_folder)
+    for inside, _, files in os.walk(root, onerror=_raise_unlistable, followlinks=True):
+        target, parent = os.path.realpath(inside), os.path.realpath(os.path.dirname(inside))
+        if os.path.commonpath([target, parent]) == target:
+            raise UserError(f"{inside} is a symbolic link to a folder around it. Expected no circles: remove the link")
+        names_in[os.path.relpath(inside, folder)] = [name for name in files if name.lower().endswith(_IMAGE_SUFFIXES)]
+    names = [f"{inside}/{name}" for inside in sorted(names_in) for name in sorted(names_in[inside])]
+    return np.array([os.fsencode(name) for name in names], np.bytes_)
+
+
+def _sub_folders(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except OSError as error:
+        _raise_unlistable(error)
+
+
+def _raise_unlistable(error: OSError) -> NoReturn:
+    raise UserError(
+        f"cannot list {error.filename}: {error.strerror}. Expected a folder of images, train/<class>/<image>, that you "
+        "may read: check the path"
+    ) from error

@@ -1,0 +1,158 @@
+"""Tests of sret_jax.data.folder."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sret_jax.data.folder import FolderExamples, list_folder
+from sret_jax.errors import UserError
+
+
+def _touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+def _listed(examples: FolderExamples) -> list[tuple[str, int]]:
+    return [
+        (os.path.relpath(examples.file_name(index), examples.folder), examples[index]["label"])
+        for index in range(len(examples))
+    ]
+
+
+def test_images_are_sorted_by_class_then_folder_then_name(tmp_path: Path) -> None:
+    _touch(tmp_path, "train/b/2.jpg", "train/b/10.JPEG", "train/a/z.Png", "train/B/1.webp", "train/b/more/0.jpg")
+    _touch(tmp_path, "train/a/notes.txt", "train/a/jpg", "train/readme.jpg", "elsewhere/1.tiff")
+    (tmp_path / "train" / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "empty").mkdir()
+    examples = list_folder(str(tmp_path), "train")
+    assert examples.class_names == ("B", "a", "b", "c", "empty")
+    assert _listed(examples) == [
+        ("train/B/1.webp", 0),
+        ("train/a/z.Png", 1),
+        ("train/b/10.JPEG", 2),
+        ("train/b/2.jpg", 2),
+        ("train/b/more/0.jpg", 2),
+        ("train/c/1.tiff", 3),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"])
+def test_torchvisions_kinds_of_files_are_images_in_any_case(suffix: str, tmp_path: Path) -> None:
+    _touch(tmp_path, f"train/a/1{suffix}", f"train/a/2{suffix.upper()}", f"train/a/3{suffix}.gz")
+    assert len(list_folder(str(tmp_path), "train")) == 2
+
+
+def test_an_example_is_the_untouched_bytes_of_its_file(image_folder: Path) -> None:
+    examples = list_folder(str(image_folder), "train")
+    assert len(examples) == 36
+    for index in range(36):
+        assert examples[index]["image"] == Path(examples.file_name(index)).read_bytes() != b""
+    with pytest.raises(IndexError):
+        examples[36]
+
+
+def test_a_class_that_a_split_lacks_keeps_its_label(image_folder: Path) -> None:
+    examples = list_folder(str(image_folder), "val")
+    assert examples.class_names == ("ant", "bee", "cat")
+    np.testing.assert_array_equal(examples.labels, [0, 0, 2, 2, 2, 2])
+
+
+def test_parts_of_splits_are_those_of_the_whole_list(tmp_path: Path) -> None:
+    _touch(tmp_path, *(f"train/{name}/{number}.jpg" for name in "abc" for number in range(100, 150)))
+    _touch(tmp_path, *(f"val/{name}/{number}.jpg" for name in "abc" for number in range(5)))
+    train, val = (_listed(list_folder(str(tmp_path), split)) for split in ["train", "val"])
+    assert (len(train), len(val)) == (150, 15)
+    for split, expected in {
+        "validation": val,
+        "train[:99%]": train[:148],
+        "train[99%:]": train[148:],
+        "train[20:30]": train[20:30],
+        "train[-4:]": train[-4:],
+        "train[:10%]+val[12:]": train[:15] + val[12:],
+        "validation+train": val + train,
+    }.items():
+        assert _listed(list_folder(str(tmp_path), split)) == expected, split
+
+
+def test_a_split_of_another_name_is_listed_under_its_own(tmp_path: Path) -> None:
+    _touch(tmp_path, "train/a/1.jpg", "real-val/a/2.jpg", "validation/a/3.jpg", "val/a/4.jpg")
+    for split, file in [("real-val", "2"), ("validation", "3"), ("val", "4")]:
+        assert _listed(list_folder(str(tmp_path), split)) == [(f"{split}/a/{file}.jpg", 0)]
+
+
+def test_only_the_splits_asked_for_are_listed(tmp_path: Path) -> None:
+    _touch(tmp_path, "train/a/1.jpg", "val/unknown/1.jpg")
+    assert len(list_folder(str(tmp_path), "train[:1]")) == 1
+
+
+def test_a_file_that_vanished_is_an_empty_image(tmp_path: Path) -> None:
+    _touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg")
+    examples = list_folder(str(tmp_path), "train")
+    (tmp_path / "train/b/2.jpg").unlink()
+    assert [examples[0], examples[1]] == [{"image": b"train/a/1.jpg", "label": 0}, {"image": b"", "label": 1}]
+    assert examples.file_name(1) == str(tmp_path / "train/b/2.jpg")
+
+
+def test_names_need_not_be_text(tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    path = os.fsencode(tmp_path) + b"/train/a/\xff\xfe.jpg"
+    with open(path, "wb") as file:
+        file.write(b"content")
+    examples = list_folder(str(tmp_path), "train")
+    assert examples[0]["image"] == b"content"
+    assert os.fsencode(examples.file_name(0)) == path
+
+
+def test_examples_are_sent_in_little_more_than_their_names(tmp_path: Path) -> None:
+    names = [f"train/n{number % 20:08d}/n{number % 20:08d}_{number:06d}.JPEG" for number in range(2000)]
+    _touch(tmp_path, *names)
+    examples = list_folder(str(tmp_path), "train")
+    sent = pickle.dumps(examples)
+    assert len(sent) < sum(map(len, names)) + 4 * len(names) + 2000
+    assert _listed(pickle.loads(sent)) == _listed(examples)
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "message"),
+    [
+        (["train/a/1.jpg", "val/a/1.jpg"], "test", r"no split 'test'.*\['train', 'val', 'validation'\]"),
+        (["train/a/1.jpg", "test/a/1.jpg"], "validation", r"no split 'validation'.*\['test', 'train'\]"),
+        (["train/a/1.jpg"], "train[:2]", r"no split 'train\[:2\]'.*incompatible with 1 examples"),
+        (["train/a/1.jpg"], "train[:", r"no split 'train\[:'"),
+        (["train/a/1.jpg"], "train[1:]", r"no image in .*'train\[1:\]'.*\.jpeg"),
+        (["train/a/1.txt"], "train", r"no image in .*'train'.*train/<class>/<image>.*\.jpeg"),
+        (["train/a/1.jpg", "val/1.jpg"], "val", r"no image in .*'val'.*val/<class>/<image>"),
+        (
+            ["train/a/1.jpg", "val/b/1.jpg"],
+            "val",
+            r"/val/b is not a class: train has no sub-folder 'b'\. Expected the 1",
+        ),
+        (["train/a/1.jpg", "val/b/1.jpg", "val/c/1.jpg"], "val", r"/val/b is not a class.*nor 1 others of val"),
+        (["val/a/1.jpg", "test/a/1.jpg"], "val", r"has the sub-folders \['test', 'val'\]. Expected train/<class>"),
+        (["1.jpg"], "train", r"has the sub-folders \[\]. Expected train/<class>"),
+    ],
+)
+def test_what_is_no_split_of_a_folder_of_images_is_the_users_error(
+    files: list[str], split: str, message: str, tmp_path: Path
+) -> None:
+    _touch(tmp_path, *files)
+    with pytest.raises(UserError, match=message):
+        list_folder(str(tmp_path), split)
+
+
+def test_a_folder_that_cannot_be_listed_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot list .*/nowhere: No such file"):
+        list_folder(str(tmp_path / "nowhere"), "train")
+
+
+@pytest.mark.parametrize("target", ["train/a", "train", ".", "train/a/b"])
+def test_folders_linked_in_a_circle_are_the_users_error(target: str, tmp_path: Path) -> None:
+    _touch(tmp_path, "train/a/b/1.jpg")
+    (tmp_path / "train/a/b/loop").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match="train/a/b/loop is a symbolic link to a folder around it"):
+        list_folder(str(tmp_path), "train")
