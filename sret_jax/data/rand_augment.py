@@ -7,6 +7,9 @@ the image is ImageNet's mean colour, as in DeiT. timm 1.0 computes the same from
 
 The operations give the same bytes as timm's do with Pillow, with one exception: Pillow 13 refuses to keep 0 bits of a
 colour, `PosterizeIncreasing` at magnitude 10. Older releases return black, and so does this module.
+
+timm mirrors an image before these operations, here that happens after them, on the device. For all but `ShearY` the
+order does not matter, because signs are random; that one leaves the left edge in place, and so, mirrored, the right.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ from sret_jax.errors import UserError
 MAX_MAGNITUDE = 10.0
 PROBABILITY = 0.5  # of an operation that was drawn to be applied
 
+_PART = re.compile(r"m(?P<m>10|[0-9])|n(?P<n>[1-9][0-9]*)|mstd(?P<mstd>10|[0-9](?:\.[0-9]+)?)|inc(?P<inc>1)")
 _FILL = tuple(round(255 * mean) for mean in MEAN)
 _BICUBIC = Image.Resampling.BICUBIC
 
@@ -55,24 +59,27 @@ class RandAugment:
         Raises:
           UserError: if it is not such a string, or a number is out of range.
         """
-        name, *sections = policy.split("-")
-        matches = [re.fullmatch(r"(m|n|mstd|inc)(\d+(?:\.\d+)?)", section) for section in sections]
-        given = {match[1]: match[2] for match in matches if match}
-        magnitude, count, deviation = given.get("m", "10"), given.get("n", "2"), given.get("mstd", "0")
-        if (
-            name != "rand"
-            or len(given) < len(sections)
-            or given.get("inc") != "1"
-            or not (magnitude.isdecimal() and int(magnitude) <= MAX_MAGNITUDE)
-            or not (count.isdecimal() and int(count) > 0)
-            or float(deviation) > MAX_MAGNITUDE
-        ):
+        name, *parts = policy.split("-")
+        matches = [match for part in parts if (match := _PART.fullmatch(part))]
+        given = {key: value for match in matches for key, value in match.groupdict().items() if value}
+        problems = [f"{part!r} is not a part of one" for part in parts if not _PART.fullmatch(part)]
+        if name != "rand":
+            problems.append(f"it begins with {name!r}")
+        if len(given) < len(matches):
+            problems.append("a part is there twice")
+        if "inc" not in given:
+            problems.append("inc1 is missing, and only operations whose effect increases with the magnitude are here")
+        if problems:
             raise UserError(
-                f"there is no RandAugment policy {policy!r}. Expected `rand-inc1` with any of m0 to m10 (magnitude), "
-                "n1 or more (operations an image) and mstd0 to mstd10 (standard deviation of the magnitude), each once, "
-                "with dashes between them: the published recipe is 'rand-m9-mstd0.5-inc1'"
+                f"{policy!r} is not a RandAugment policy: {'; '.join(problems)}. Expected `rand` and, after dashes, "
+                "inc1 and any of m0 to m10 (magnitude), n1 or more (operations an image) and mstd0 to mstd10 (standard "
+                "deviation of the magnitude): the published recipe is 'rand-m9-mstd0.5-inc1'"
             )
-        return cls(magnitude=float(magnitude), magnitude_std=float(deviation), count=int(count))
+        return cls(
+            magnitude=float(given.get("m", MAX_MAGNITUDE)),
+            magnitude_std=float(given.get("mstd", 0)),
+            count=int(given.get("n", 2)),
+        )
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """The image after the operations that `draw` returns.
