@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sret_jax.data.augment import Augmentation
 from sret_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
 from sret_jax.data.sources import Source, open_source
 from sret_jax.errors import UserError
@@ -21,7 +22,6 @@ from sret_jax.training.mesh import make_mesh, put_batch
 from sret_jax.training.optimizer import Schedule, adamw, warmup_cosine
 from sret_jax.training.report import Report
 from sret_jax.training.step import (
-    Augmentation,
     Metrics,
     TrainState,
     abstract_state,
