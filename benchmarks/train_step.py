@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sret_jax import SReT, UserError, create_model
-from sret_jax.data.augment import normalize
+from sret_jax.data.augment import Augmentation, normalize
 from sret_jax.models.layers import Pool, matmul_precision
 from sret_jax.training.mesh import make_mesh, put_batch
 from sret_jax.training.optimizer import adamw, warmup_cosine
-from sret_jax.training.step import Augmentation, init_state, make_train_step
+from sret_jax.training.step import init_state, make_train_step
 
 SCAN_UNROLL = {"auto": None, "yes": True, "no": False}
 IMAGENET_AUGMENTATION = Augmentation(flip=0.5, erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1)

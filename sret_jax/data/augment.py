@@ -1,9 +1,12 @@
 """Augmentation of whole batches on the device: pure functions of a key and images, to be called inside `jax.jit`."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 # Of ImageNet's RGB values in 0..1.
@@ -13,6 +16,34 @@ STD = (0.229, 0.224, 0.225)
 _ERASED_AREA = (0.02, 1 / 3)
 _ERASED_ASPECT = (0.3, 3.3)
 _ERASING_ATTEMPTS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """All that happens to a training batch on the device, as one function. The defaults change nothing."""
+
+    flip: float = 0.0  # probability
+    erasing: float = 0.0  # probability
+    mixup: float = 0.0  # alpha
+    cutmix: float = 0.0  # alpha
+    label_smoothing: float = 0.0
+
+    def __call__(self, key: Array, batch: Mapping[str, Array], num_classes: int) -> tuple[Array, Array]:
+        """Normalised and augmented images, and their targets.
+
+        Args:
+          key: random key.
+          batch: `image` uint8 (batch, height, width, 3), RGB, and `label` int32 (batch,).
+          num_classes: number of classes.
+
+        Returns:
+          float32 images of the same shape and float32 targets (batch, num_classes), a distribution in each row.
+        """
+        flip_key, mix_key, erasing_key = jax.random.split(key, 3)
+        images = random_flip(flip_key, normalize(batch["image"]), self.flip)
+        images = random_erasing(erasing_key, images, self.erasing)
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), self.label_smoothing)
+        return mixup_cutmix(mix_key, images, targets, self.mixup, self.cutmix)
 
 
 def normalize(images: Array) -> Array:

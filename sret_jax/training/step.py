@@ -1,6 +1,5 @@
 """One training step and one evaluation step: pure functions, jitted over a mesh."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sret_jax.data.augment import mixup_cutmix, normalize, random_erasing, random_flip
+from sret_jax.data.augment import Augmentation, normalize
 from sret_jax.models.sret import SReT
 from sret_jax.training.mesh import place, replicated, sharded, split_batch
 from sret_jax.training.optimizer import Schedule
@@ -35,23 +34,9 @@ class TrainState(flax.struct.PyTreeNode):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """What happens to a batch on the device; see `sret_jax.data.augment`. The defaults change nothing."""
-
-    flip: float = 0.0
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    label_smoothing: float = 0.0
-
-    def __call__(self, key: jax.Array, batch: Batch, num_classes: int) -> tuple[jax.Array, jax.Array]:
-        """uint8 images and labels -> float32 images and targets (batch, num_classes)."""
-        flip_key, mix_key, erasing_key = jax.random.split(key, 3)
-        images = random_flip(flip_key, normalize(batch["image"]), self.flip)
-        images = random_erasing(erasing_key, images, self.erasing)
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), self.label_smoothing)
-        return mixup_cutmix(mix_key, images, targets, self.mixup, self.cutmix)
+def step_keys(seed: int, step: jax.Array | int) -> jax.Array:
+    """Three keys: for the augmentation, the dropout and the permutations of the step after `step` others."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
 
 
 def init_state(
@@ -161,8 +146,7 @@ def make_train_step(
         return (loss / accumulation, batch_stats), jax.tree.map(lambda g: g / accumulation, gradients)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        augment_key, dropout_key, permutation_key = jax.random.split(key, 3)
+        augment_key, dropout_key, permutation_key = step_keys(seed, state.step)
         images, targets = augmentation(augment_key, batch, model.num_classes)
         rngs = {"dropout": dropout_key, "permutation": permutation_key}
         differentiate = loss_and_gradients if accumulation == 1 else accumulated

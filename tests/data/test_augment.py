@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sret_jax.data.augment import mixup_cutmix, normalize, random_erasing, random_flip
+from sret_jax.data.augment import Augmentation, mixup_cutmix, normalize, random_erasing, random_flip
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +188,36 @@ def test_either_mixup_or_cutmix_is_used_with_equal_probability() -> None:
     _, pixels = mixing_weights(0.8, 1.0)
     is_mixup = ((pixels > 0) & (pixels < 1)).any(axis=(1, 2))
     assert stats.binomtest(int(is_mixup.sum()), 1000, 0.5).pvalue > 0.001
+
+
+def test_each_augmentation_is_wired_to_its_setting() -> None:
+    rng, classes, key = np.random.default_rng(0), 10, jax.random.key(0)
+    batch = {
+        "image": rng.integers(256, size=(16, 32, 32, 3), dtype=np.uint8),
+        "label": rng.integers(classes, size=16, dtype=np.int32),
+    }
+    plain, hard = Augmentation()(key, batch, classes)
+    np.testing.assert_array_equal(hard, np.eye(classes)[batch["label"]])
+
+    flipped, targets = Augmentation(flip=1.0)(key, batch, classes)
+    np.testing.assert_array_equal(flipped, plain[:, :, ::-1])
+    np.testing.assert_array_equal(targets, hard)
+
+    erased, targets = Augmentation(erasing=1.0)(key, batch, classes)
+    share = np.mean(np.any(np.asarray(erased != plain), axis=-1), axis=(1, 2))
+    assert np.all((share > 0.01) & (share < 0.4))
+    np.testing.assert_array_equal(targets, hard)
+
+    mixed, targets = Augmentation(mixup=0.8)(key, batch, classes)
+    row = np.argmax(batch["label"] != batch["label"][::-1])  # whose partner has another label
+    weight = np.asarray(targets)[row, batch["label"][row]]
+    np.testing.assert_allclose(mixed, weight * plain + (1 - weight) * plain[::-1], atol=1e-5)  # float32
+
+    cut, targets = Augmentation(cutmix=1.0)(key, batch, classes)
+    from_partner = np.asarray(cut != plain)
+    np.testing.assert_array_equal(np.asarray(cut)[from_partner], np.asarray(plain[::-1])[from_partner])
+    np.testing.assert_allclose(np.asarray(targets).sum(1), 1, atol=1e-6)  # float32
+
+    same, smoothed = Augmentation(label_smoothing=0.1)(key, batch, classes)
+    np.testing.assert_array_equal(same, plain)
+    np.testing.assert_allclose(smoothed, np.where(hard, 0.91, 0.01), rtol=1e-6)
