@@ -1,4 +1,4 @@
-"""Train or evaluate: `python train.py --config=configs/digits.py [--workdir=runs/digits] [--config.any.field=value]`."""
+"""Train or evaluate an SReT: `python train.py --config=configs/digits.py [--workdir=...] [--config.any.key=value]`."""
 
 import sys
 from pathlib import Path

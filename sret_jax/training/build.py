@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sret_jax.data.augment import Augmentation
 from sret_jax.data.pipeline import Batch, train_batches
 from sret_jax.data.sources import Source, open_source
 from sret_jax.errors import UserError
@@ -16,7 +17,6 @@ from sret_jax.models.sret import SReT
 from sret_jax.models.zoo import create_model
 from sret_jax.training.optimizer import Schedule, adamw, warmup_constant, warmup_cosine
 from sret_jax.training.step import (
-    Augmentation,
     Metrics,
     TrainState,
     abstract_state,
@@ -76,8 +76,8 @@ def make_training(config: ConfigDict, model: SReT, epoch_steps: int, mesh: Mesh)
     """The jitted train step, and what its state consists of, as `abstract_state` gives it."""
     if config.batch_size % (config.accumulation * mesh.devices.size):
         raise UserError(
-            f"config.accumulation is {config.accumulation}: {mesh.devices.size} devices cannot share so many parts of a "
-            f"batch of {config.batch_size}. Expected a batch size that their product, "
+            f"config.accumulation is {config.accumulation}: {mesh.devices.size} devices cannot share so many parts of "
+            f"{config.batch_size} images. Expected a batch size that their product, "
             f"{config.accumulation * mesh.devices.size}, divides"
         )
     schedule, optimizer = make_optimizer(config, epoch_steps)

@@ -1,6 +1,7 @@
 """Checkpoints of a run: written by Orbax while training goes on, checked before they are trusted, never half there."""
 
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -96,7 +97,7 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            reason = on_first_host(lambda step=step: self._damage(step))
+            reason = on_first_host(functools.partial(self._damage, step))
             if reason:
                 damaged[step] = f"checkpoint {step} is damaged ({reason})"
                 continue

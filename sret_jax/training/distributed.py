@@ -22,12 +22,12 @@ def connect(config: ConfigDict) -> None:
     given = bool(config.coordinator), config.processes > 0, config.process >= 0
     if any(given) and not all(given):
         raise UserError(
-            f"config.distributed is {config.to_dict()}. Expected all of coordinator (\"host:port\" of process 0), "
+            f'config.distributed is {config.to_dict()}. Expected all of coordinator ("host:port" of process 0), '
             "processes (how many) and process (the number of this one, from 0), or none of them"
         )
     if all(given) and not (":" in config.coordinator and config.process < config.processes):
         raise UserError(
-            f"config.distributed is {config.to_dict()}. Expected a coordinator such as \"10.0.0.1:8476\", and a process "
+            f'config.distributed is {config.to_dict()}. Expected a coordinator such as "10.0.0.1:8476", and a process '
             "below processes"
         )
     try:
@@ -40,6 +40,6 @@ def connect(config: ConfigDict) -> None:
             raise UserError(f"the processes of this run cannot connect: {error}") from error
     except RuntimeError as error:
         raise UserError(
-            f"the processes of this run cannot connect: {error}. Expected {config.processes or 'all'} processes, started "
-            "at about the same time, that reach the coordinator"
+            f"the processes of this run cannot connect: {error}. Expected {config.processes or 'all'} processes, "
+            "started at about the same time, that reach the coordinator"
         ) from error

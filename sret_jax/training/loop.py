@@ -36,7 +36,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         must see the same.
 
     Returns:
-      The last evaluation: accuracy, top5_accuracy, loss, examples; of the moving average too, as ema_accuracy and so on.
+      The last evaluation: accuracy, top5_accuracy, loss, examples; ema_accuracy and so on of the moving average.
 
     Raises:
       UserError: what a user can mend; the message says how.

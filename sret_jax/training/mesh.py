@@ -47,8 +47,8 @@ def make_mesh(axes: Mapping[str, int], batch_size: int, devices: Sequence[jax.De
         sizes[sizes.index(-1)] = max(count // -math.prod(sizes), 1)
     if math.prod(sizes) != count:
         raise UserError(
-            f"config.mesh is {dict(axes)}, but there are {count} devices: set sizes whose product is {count}, or one of "
-            "them to -1"
+            f"config.mesh is {dict(axes)}, but there are {count} devices: set sizes whose product is {count}, or one "
+            "of them to -1"
         )
     if batch_size % count:
         nearest = sorted({max(batch_size // count, 1) * count, -(-batch_size // count) * count})
@@ -95,8 +95,8 @@ def sharded(mesh: Mesh, tree: Any) -> Any:
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Which rows of a global batch lie on this host's devices, ascending."""
-    slices = split_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (rows,) in slices for row in range(batch_size)[rows]})
+    parts = split_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for part in parts if part for row in range(batch_size)[part[0]]})
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

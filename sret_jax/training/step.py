@@ -111,7 +111,7 @@ def make_train_step(
     """
 
     def loss_and_gradients(
-        params: Any, batch_stats: Any, images: jax.Array, targets: jax.Array, rngs: Mapping[str, jax.Array]
+        params: Any, batch_stats: Any, images: jax.Array, targets: jax.Array, rngs: dict[str, jax.Array]
     ) -> tuple[tuple[jax.Array, Any], Any]:
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:
             # Gathered as a whole: without the constraint, XLA may choose to split the activations in odd ways.
@@ -127,7 +127,7 @@ def make_train_step(
         return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
     def accumulated(
-        params: Any, batch_stats: Any, images: jax.Array, targets: jax.Array, rngs: Mapping[str, jax.Array]
+        params: Any, batch_stats: Any, images: jax.Array, targets: jax.Array, rngs: dict[str, jax.Array]
     ) -> tuple[tuple[jax.Array, Any], Any]:
         def add(carry: tuple[Any, Any, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[Any, Any, Any], None]:
             loss_sum, gradient_sum, batch_stats = carry
@@ -175,7 +175,9 @@ def make_train_step(
 
     whole = replicated(mesh)
     placed = sharded(mesh, abstract_state(model, optimizer, mesh, ema=bool(ema_decay)))
-    return jax.jit(train_step, in_shardings=(placed, split_batch(mesh)), out_shardings=(placed, whole), donate_argnums=0)
+    return jax.jit(
+        train_step, in_shardings=(placed, split_batch(mesh)), out_shardings=(placed, whole), donate_argnums=0
+    )
 
 
 def make_eval_step(model: SReT, mesh: Mesh) -> Callable[[Mapping[str, Any], Batch], Metrics]:

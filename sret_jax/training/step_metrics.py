@@ -31,7 +31,7 @@ class StepMetrics:
         """
         self._pending.append((step, metrics))
         self._waited.append(waited)
-        jax.block_until_ready(self._pending[: -_STEPS_UNDER_WAY][-1:])
+        jax.block_until_ready(self._pending[:-_STEPS_UNDER_WAY][-1:])
 
     def take(self) -> dict[str, float]:
         """Of the steps since the last call: mean loss, gradient norm and seconds waited, skipped steps, last rate.
@@ -49,9 +49,13 @@ class StepMetrics:
                 after = f", as were the {self._max_skipped - 1} before it" if self._max_skipped > 1 else ""
                 raise diverged(f"step {step} was skipped{after}", metrics, self._checkpoints)
         good = [metrics for _, metrics in pending if not metrics["skipped"]]
-        means = {name: float(np.mean([m[name] for m in good]) if good else np.nan) for name in ("loss", "gradient_norm")}
+
+        def mean(name: str) -> float:
+            return float(np.mean([metrics[name] for metrics in good])) if good else np.nan
+
         return {
-            **means,
+            "loss": mean("loss"),
+            "gradient_norm": mean("gradient_norm"),
             "skipped": len(pending) - len(good),
             "learning_rate": float(pending[-1][1]["learning_rate"]),
             "data_seconds": float(np.mean(waited)),
