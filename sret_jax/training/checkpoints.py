@@ -1,18 +1,26 @@
 """Checkpoints of a run: written by Orbax while training goes on, checked before they are trusted, never half there."""
 
+import dataclasses
 import fcntl
 import functools
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    LatestN,
+    PolicyCheckpointInfo,
+    PreservationContext,
+    PreservationPolicy,
+)
 
 from sret_jax.errors import UserError
 from sret_jax.files import DamagedError, check_seal, is_sealed, naming, naming_orbax, replace, reserve, seal
@@ -43,11 +51,13 @@ class Checkpoints:
         self._workdir = Path(workdir).absolute()
         self._folder = self._workdir / "checkpoints"
         on_first_host(lambda: self._claim(dict(identity)))
+        self._merits = {
+            int(path.parents[1].name): merit
+            for path in self._folder.glob("*/evaluation/metadata")
+            if path.parents[1].name.isdigit() and (merit := _stored_merit(path)) is not None
+        }
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(
-                [LatestN(keep), BestN(get_metric_fn=_merit, n=1, keep_checkpoints_without_metrics=False)]
-            ),
-            best_fn=_merit,
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), _Best(self._merits)]),
             cleanup_tmp_directories=True,
             # Called on the first host when all hosts have written their parts, before the checkpoint gets its name.
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -81,7 +91,8 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The step that has the checkpoint with the best evaluation, None before the first."""
         self.wait()
-        return self._manager.best_step()
+        there = self._manager.all_steps()
+        return max((step for step in self._merits if step in there), key=self._merits.__getitem__, default=None)
 
     def restore_latest(
         self, like: TrainState, say: Callable[[str], None]
@@ -104,7 +115,7 @@ class Checkpoints:
             restored = self._restore(step, like)
             for bad, message in damaged.items():
                 say(f"{message}: moved to {self._set_aside(bad)}, going on from {step}")
-            return restored["state"], restored["evaluation"]
+            return restored["state"], restored["evaluation"]["metrics"]
         if damaged:
             raise UserError(
                 "\n".join(damaged.values())
@@ -126,9 +137,13 @@ class Checkpoints:
         """
         self.wait()
         on_first_host(lambda: self._reserve(sum(leaf.nbytes for leaf in jax.tree.leaves(state))))
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), evaluation=ocp.args.JsonSave(dict(evaluation)))
+        kept = {"metrics": dict(evaluation), "is_new": is_new}
+        self._merits.pop(step, None)
+        if is_new:
+            self._merits[step] = _merit(evaluation)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), evaluation=ocp.args.JsonSave(kept))
         with naming_orbax(self._workdir):
-            self._manager.save(step, args=args, metrics=dict(evaluation) if is_new else None, force=True)
+            self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
         """Return when what `save` began is complete on disk.
@@ -215,6 +230,30 @@ class Checkpoints:
         on_first_host(move)
         self._manager.reload()
         return str(target)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Best(PreservationPolicy):
+    """Keeps the one with the highest merit. Not Orbax's `BestN`: a damaged file of metrics would stop that."""
+
+    merits: Mapping[int, float]  # by step, as far as known
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        """Whether to keep each of the checkpoints."""
+        merits = [self.merits.get(checkpoint.step, -math.inf) for checkpoint in checkpoints]
+        best = max(range(len(merits)), key=merits.__getitem__, default=None)
+        return [number == best and merit > -math.inf for number, merit in enumerate(merits)]
+
+
+def _stored_merit(path: Path) -> float | None:
+    """Of the evaluation that a checkpoint holds; None if that is of an earlier step, or damaged."""
+    try:
+        kept = json.loads(path.read_bytes())
+        return _merit(kept["metrics"]) if kept["is_new"] else None
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
 
 
 def _merit(evaluation: Mapping[str, float]) -> float:

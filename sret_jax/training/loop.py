@@ -21,7 +21,7 @@ from sret_jax.training.mesh import local_rows, make_mesh, put_batch
 from sret_jax.training.preemption import Preempted, Preemption
 from sret_jax.training.profile import Profile
 from sret_jax.training.report import Report
-from sret_jax.training.step_metrics import StepMetrics, check_finite
+from sret_jax.training.step_metrics import StepMetrics, check_finite, memory_used
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
@@ -92,7 +92,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 ends_epoch = steps_into_epoch == 0
                 preempted = preemption.reached(step)
                 if ends_epoch or step % config.log_every_steps == 0 or preempted:
-                    report.train(step, recent.take())
+                    report.train(step, {**recent.take(), **memory_used()})
                 if ends_epoch:
                     evaluation = evaluate_state(evaluate, state)
                     report.evaluation(step, evaluation)

@@ -12,15 +12,12 @@ import datetime
 import json
 import math
 import numbers
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX.event_file_writer import EventsWriter
@@ -45,9 +42,7 @@ class Report:
     Each call of `train` and `evaluation` adds a line to `metrics.jsonl` at once: an object with `step`, `epoch` (a
     fraction within an epoch), `kind` ("train" or "evaluation"), the metrics as given, `seconds` (that the run has taken
     so far, its interrupted parts up to the step where each was taken up again included), and, for training,
-    `images_per_second` and `step_seconds` (see `train`), `host_memory_bytes` and, where devices tell it,
-    `device_memory_bytes`: the most so far, of this process and of its first device. A number that is not finite, or
-    not known yet, is null.
+    `images_per_second` and `step_seconds` (see `train`). A number that is not finite, or not known yet, is null.
 
     Entering drops what an interrupted run recorded after `first_step`, from `metrics.jsonl` and from what TensorBoard
     shows, for these steps are done again. If `first_step` is 0 nothing has been done, and all is dropped.
@@ -165,7 +160,13 @@ class Report:
         self._first_tick = self._first_tick or (step, now)
         speed = self._batch_size / self._step_seconds if self._step_seconds else None
         self._record(
-            "train", step, {**metrics, "images_per_second": speed, "step_seconds": self._step_seconds, **_memory()}
+            "train",
+            step,
+            {
+                **metrics,
+                "images_per_second": speed,
+                "step_seconds": self._step_seconds,
+            },
         )
 
         numbers_text = [f"loss {metrics['loss']:.4f}", f"lr {metrics['learning_rate']:.2e}"]
@@ -363,14 +364,6 @@ class _Records:
         with naming(self._events_path):
             self._events.write_event(event)
             self._events.flush()
-
-
-def _memory() -> dict[str, int]:
-    """The most that this process, and its first device where that tells it, have used."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    used = {"host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    stats = jax.local_devices()[0].memory_stats()
-    return {**used, "device_memory_bytes": stats["peak_bytes_in_use"]} if stats else used
 
 
 def _metrics_path(workdir: str) -> Path:

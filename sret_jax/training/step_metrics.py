@@ -1,5 +1,7 @@
 """The metrics of training steps, from the device to the log, and the end of a run that diverges."""
 
+import resource
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +62,14 @@ class StepMetrics:
             "learning_rate": float(pending[-1][1]["learning_rate"]),
             "data_seconds": float(np.mean(waited)),
         }
+
+
+def memory_used() -> dict[str, int]:
+    """The most memory so far: of this process and, where it tells that, of its first device."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    used = {"host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    stats = jax.local_devices()[0].memory_stats()
+    return {**used, "device_memory_bytes": stats["peak_bytes_in_use"]} if stats else used
 
 
 def check_finite(step: int, evaluation: Mapping[str, float], checkpoints: Checkpoints) -> None:

@@ -20,6 +20,7 @@ def make_state(step):
     random = np.random.default_rng(step)
     state = TrainState(
         step=jnp.int32(step),
+        skipped=jnp.int32(0),
         params={"kernel": jnp.asarray(random.normal(size=(300, 50)), jnp.float32), "bias": jnp.zeros(3)},
         batch_stats={"mean": jnp.ones(2)},
         opt_state=(jnp.int32(step),),
@@ -40,6 +41,7 @@ def written(tmp_path_factory):
     with open_checkpoints(workdir) as checkpoints:
         for step in (10, 20, 30):
             checkpoints.save(step, make_state(step), {"accuracy": step / 100})
+            checkpoints.wait()
     return workdir
 
 
@@ -75,9 +77,55 @@ def test_only_the_latest_are_kept(workdir):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "30"]
 
 
+def test_the_best_is_kept_beside_the_latest(tmp_path):
+    accuracies = {10: 0.2, 20: 0.5, 30: 0.4, 40: 0.5, 50: 0.1, 60: 0.1}
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_step() is None
+        for step, accuracy in accuracies.items():
+            ema = {"ema_accuracy": 0.6} if step == 30 else {}
+            checkpoints.save(step, make_state(step), {"accuracy": accuracy, **ema})
+        assert checkpoints.best_step() == 30
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["30", "50", "60"]
+
+
+def test_a_checkpoint_between_evaluations_is_not_the_best_and_knows_the_last_one(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(10, make_state(10), {"accuracy": 0.1})
+        for step in (11, 12, 13):
+            checkpoints.save(step, make_state(step), {"accuracy": 0.1}, is_new=False)
+        assert checkpoints.best_step() == 10
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "12", "13"]
+    (state, evaluation), _ = restore(tmp_path)
+    assert int(state.step) == 13
+    assert evaluation == {"accuracy": 0.1}
+
+
+def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    spend = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0 - 1, state), donate_argnums=0)
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (10, 20, 30, 40):
+            state = make_state(step)
+            checkpoints.save(step, state, {"accuracy": step / 100})
+            spend(state)
+    assert_is(restore(tmp_path)[0], 40)
+
+
+def test_a_save_that_fails_in_the_background_is_an_error_and_leaves_what_was_there(workdir, monkeypatch):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sret_jax.training.checkpoints.seal", full)
+    with pytest.raises(UserError, match="No space left on device"), open_checkpoints(workdir) as checkpoints:
+        checkpoints.save(40, make_state(40), {"accuracy": 0.4})
+        checkpoints.wait()
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) == ["20", "30"]
+    monkeypatch.undo()
+    assert_is(restore(workdir)[0], 30)
+
+
 def data_files(workdir):
-    """Files of checkpoint 30, largest first: tensors, then metadata."""
-    files = [path for path in (workdir / "checkpoints" / "30").rglob("*") if path.is_file()]
+    """Files of checkpoint 30 that hold what was saved, largest first: tensors, then metadata."""
+    files = [path for path in (workdir / "checkpoints" / "30").glob("*/**/*") if path.is_file()]
     return sorted(files, key=lambda path: -path.stat().st_size)
 
 
@@ -106,14 +154,19 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(workdir, d
     assert (workdir / "damaged_checkpoints" / "30").is_dir()
 
 
-# Orbax leaves coroutines behind when it fails to read.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
-def test_a_checkpoint_cut_short_before_its_checksums_were_written_is_noticed_too(workdir):
+def test_a_checkpoint_without_checksums_counts_as_damaged(workdir):
     (workdir / "checkpoints" / "30" / "checksums.json").unlink()
-    cut(data_files(workdir)[0])
     restored, said = restore(workdir)
     assert_is(restored, 20)
-    assert "checkpoint 30 is damaged" in said[0]
+    assert "checkpoint 30 is damaged (it has no checksums)" in said[0]
+
+
+@pytest.mark.parametrize("damage", [cut, empty, change, os.remove])
+def test_damage_to_what_orbax_notes_for_itself_does_not_matter(workdir, damage):
+    for file in (workdir / "checkpoints" / "30").iterdir():
+        if file.is_file() and file.name != "checksums.json":
+            damage(file)
+    assert_is(restore(workdir)[0], 30)
 
 
 def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(workdir):
@@ -124,7 +177,6 @@ def test_the_step_of_a_damaged_checkpoint_can_be_saved_again(workdir):
     assert_is(restore(workdir)[0], 30)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
 def test_if_all_are_damaged_nothing_begins_anew_unasked_and_nothing_is_moved(workdir):
     for step in ("20", "30"):
         shutil.rmtree(workdir / "checkpoints" / step / "state")

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from sret_jax import UserError, count_params
+from sret_jax.training.build import make_model, make_optimizer
 from sret_jax.training.config import base_config, check_config, flatten, identity
-from sret_jax.training.loop import make_model, make_optimizer
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -95,5 +95,5 @@ def test_the_identity_of_a_run_leaves_out_how_it_is_computed():
 
 
 def test_every_key_has_a_place_in_the_flat_config():
-    assert flatten(base_config())["mesh"] == {"data": -1}
+    assert flatten(base_config())["mesh"] == {"data": -1, "fsdp": 1}
     assert flatten(base_config())["optimizer.b1"] == 0.9

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from sret_jax.training.optimizer import adamw, warmup_cosine
+from sret_jax.training.optimizer import adamw, warmup_constant, warmup_cosine
 
 PEAK, INITIAL, FINAL, STEPS, WARMUP = 2e-3, 1e-6, 1e-5, 1000, 100
 
@@ -28,6 +28,24 @@ def test_after_the_warmup_a_cosine_counts_from_the_start_of_training(schedule, s
 
 def test_without_warmup_the_first_step_has_the_peak():
     assert float(warmup_cosine(PEAK, steps=STEPS, warmup_steps=0)(0)) == pytest.approx(PEAK)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"), [(0, INITIAL), (50, (INITIAL + PEAK) / 2), (100, PEAK), (777, PEAK), (10**6, PEAK)]
+)
+def test_a_constant_rate_follows_the_warmup(step, rate):
+    assert float(warmup_constant(PEAK, warmup_steps=WARMUP, initial=INITIAL)(step)) == pytest.approx(rate, rel=1e-6)
+
+
+@pytest.mark.parametrize(("norm", "scale"), [(2.5, 0.5), (10.0, 1.0)])
+def test_clipping_scales_all_gradients_by_their_common_norm(norm, scale):
+    params = {"layer": {"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(1)}}
+    gradients = {"layer": {"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.array([4.0])}}  # norm 5
+    # With so large an eps AdamW's first step is the gradient times the rate, divided by eps.
+    optimizer = adamw(1.0, weight_decay=0.0, eps=1e6, clip_norm=norm)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["layer"]["kernel"], [[-3e-6 * scale, 0.0]], rtol=1e-4)
+    np.testing.assert_allclose(updates["layer"]["bias"], [-4e-6 * scale], rtol=1e-4)
 
 
 def test_adamw_is_pytorchs():

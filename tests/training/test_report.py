@@ -99,8 +99,26 @@ def test_every_call_adds_one_json_line(tmp_path: Path, clock: Clock, log: Consol
         clock.wait(1)
         report.evaluation(10, EVALUATION)
     assert records_in(tmp_path / "new" / "run") == [
-        dict(step=5, epoch=0.5, kind="train", loss=1.5, learning_rate=3e-4, images_per_second=None, seconds=60),
-        dict(step=10, epoch=1, kind="train", loss=0.5, learning_rate=3e-4, images_per_second=20, seconds=62),
+        dict(
+            step=5,
+            epoch=0.5,
+            kind="train",
+            loss=1.5,
+            learning_rate=3e-4,
+            images_per_second=None,
+            step_seconds=None,
+            seconds=60,
+        ),
+        dict(
+            step=10,
+            epoch=1,
+            kind="train",
+            loss=0.5,
+            learning_rate=3e-4,
+            images_per_second=20,
+            step_seconds=0.4,
+            seconds=62,
+        ),
         dict(
             step=10,
             epoch=1,
@@ -276,7 +294,7 @@ def test_a_log_file_holds_plain_lines(tmp_path: Path, clock: Clock, log: Console
         report.train(10, TRAIN)
         report.evaluation(10, EVALUATION)
         report.message("checkpoint 120 was damaged, using [checkpoint 80]")
-        report.finish(accuracy=0.9722, checkpoint="checkpoints/30")
+        report.finish(accuracy=0.9722, checkpoint="checkpoints/30", best_checkpoint="best")
     assert printed(log).splitlines() == [
         "model       sret_t",
         "parameters  1,234,567",
@@ -288,6 +306,8 @@ def test_a_log_file_holds_plain_lines(tmp_path: Path, clock: Clock, log: Console
         "checkpoint 120 was damaged, using [checkpoint 80]",
         "test accuracy    97.22 %",
         "checkpoint       checkpoints/30",
+        "best checkpoint  best",
+            "best checkpoint  best",
         f"learning curves  {tmp_path}/learning_curves.png",
         "took             0:00:09",
     ]
@@ -311,7 +331,7 @@ def test_a_terminal_shows_a_bar_and_lines_above_it(tmp_path: Path, clock: Clock,
         clock.wait(9)
         report.train(10, TRAIN)
         report.message("checkpoint 120 was damaged, using [checkpoint 80]")
-        report.finish(accuracy=0.5, checkpoint="checkpoints/30")
+        report.finish(accuracy=0.5, checkpoint="checkpoints/30", best_checkpoint="best")
     text = printed(terminal)
     assert "\x1b[" in text
     assert "compiling the first step" in text
@@ -337,7 +357,7 @@ def test_an_inactive_report_prints_and_writes_nothing(tmp_path: Path, log: Conso
         report.train(1, TRAIN)
         report.evaluation(1, EVALUATION)
         report.message("hello")
-        report.finish(accuracy=0.5, checkpoint="checkpoints/30")
+        report.finish(accuracy=0.5, checkpoint="checkpoints/30", best_checkpoint="best")
     assert printed(log) == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -353,7 +373,7 @@ def test_finish_draws_the_picture_and_a_resumed_run_draws_it_again(tmp_path: Pat
             for step in range(first_step + 1, first_step + 11):
                 report.train(step, {"loss": 1 / step, "learning_rate": 1e-3})
             report.evaluation(first_step + 10, {**EVALUATION, "accuracy": 0.5 + first_step / 100})
-            report.finish(accuracy=0.5, checkpoint="checkpoints")
+            report.finish(accuracy=0.5, checkpoint="checkpoints", best_checkpoint="best")
         assert png_size(tmp_path / "learning_curves.png") == SIZE
         pictures.append((tmp_path / "learning_curves.png").read_bytes())
     assert pictures[0] != pictures[1]
@@ -425,7 +445,7 @@ def test_a_folder_where_a_file_should_be_is_named(tmp_path: Path, log: Console, 
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name}: Is a directory"), report_of(tmp_path, console=log) as report:
         report.start(model="sret_t")
-        report.finish(accuracy=0.5, checkpoint="checkpoints/30")
+        report.finish(accuracy=0.5, checkpoint="checkpoints/30", best_checkpoint="best")
 
 
 def test_a_workdir_that_is_not_on_a_disk_is_refused(log: Console) -> None:

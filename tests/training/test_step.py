@@ -1,16 +1,16 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
 
 from sret_jax import SReT, to_torch_state_dict
-from sret_jax.data.augment import Augmentation
-from sret_jax.training.mesh import BATCH_AXIS, put_batch
+from sret_jax.data.augment import Augmentation, normalize
+from sret_jax.training.mesh import make_mesh, put_batch
 from sret_jax.training.optimizer import adamw
-from sret_jax.training.step import init_state, make_eval_step, make_train_step
+from sret_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step, with_variables
 
 CLASSES = 10
 ROWS = 16
@@ -47,9 +47,9 @@ def random_batch(seed):
 class Trainer:
     """The jitted steps on so many devices; `eps` is data to the program, so one compilation serves all."""
 
-    def __init__(self, devices):
-        self.mesh = Mesh(np.array(jax.devices()[:devices]), (BATCH_AXIS,))
-        self.optimizer = optax.inject_hyperparams(adamw)(LEARNING_RATE, weight_decay=0.05, eps=1e-8)
+    def __init__(self, devices, fsdp=1):
+        self.mesh = make_mesh({"data": -1, "fsdp": fsdp}, ROWS, jax.devices()[:devices])
+        self.optimizer = optax.inject_hyperparams(adamw, static_args="clip_norm")(LEARNING_RATE, weight_decay=0.05, eps=1e-8)
         self.train_step = make_train_step(MODEL, self.optimizer, lambda _: LEARNING_RATE, AUGMENTATION, 0, self.mesh)
         self.eval_step = make_eval_step(MODEL, self.mesh)
         self.forward = jax.jit(MODEL.apply)
@@ -88,13 +88,29 @@ def eight():
     return Trainer(8)
 
 
+@pytest.fixture(scope="module")
+def two_by_four():
+    return Trainer(8, fsdp=4)
+
+
+def test_parameters_and_moments_stay_split_over_fsdp(two_by_four):
+    _, state = run(two_by_four, 1e-3)
+    kernels = [
+        leaf for path, leaf in jax.tree.leaves_with_path(state) if "['stages_2']" in str(path) and leaf.size > 1e3
+    ]
+    assert len(kernels) >= 9  # at least qkv and the MLP's two: parameter, first and second moment
+    assert all(kernel.addressable_shards[0].data.size == kernel.size // 4 for kernel in kernels)
+
+
 def test_one_device_and_a_mesh_of_eight_give_equal_losses(one, eight):
     # Sums over a batch are taken in another order: float32 rounding.
     np.testing.assert_allclose(run(eight, 1e-8)[0], run(one, 1e-8)[0], rtol=1e-5)
 
 
-def test_one_device_and_a_mesh_of_eight_give_equal_parameters_and_logits(one, eight):
+@pytest.mark.parametrize("mesh", ["eight", "two_by_four"])
+def test_one_device_and_a_mesh_of_eight_give_equal_parameters_and_logits(one, mesh, request):
     # An eps far above rounding noise keeps AdamW from dividing noise by noise: nothing needs an exception.
+    eight = request.getfixturevalue(mesh)
     found, expected = (run(trainer, 1e-3)[1] for trainer in (eight, one))
     for path, leaf in jax.tree.leaves_with_path(expected.variables):
         value = functools.reduce(lambda tree, key: tree[key.key], path, found.variables)
@@ -148,19 +164,111 @@ def test_the_same_seed_and_step_draw_the_same_and_others_others(one):
     assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
 
 
+# One stage without later slices or dropout: nothing is drawn.
+SMALL = SReT(
+    image_size=32,
+    widths=(8,),
+    heads=(1,),
+    blocks=(1,),
+    recursions=(1,),
+    slices=((4, 1),),
+    num_classes=CLASSES,
+    drop_path_rate=0.0,
+)
+
+
+def one_device():
+    return make_mesh({"data": 1}, ROWS, jax.devices()[:1])
+
+
+def assert_close(found, expected):
+    # float32
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+
+
+def test_accumulation_averages_the_gradients_of_its_parts():
+    mesh, optimizer, batch = one_device(), optax.sgd(1.0), random_batch(0)
+    state = init_state(SMALL, optimizer, 0, mesh)
+    images, labels = np.asarray(normalize(batch["image"])), batch["label"]
+
+    def loss_fn(params, batch_stats, rows):
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, updates = SMALL.apply(variables, images[rows], train=True, mutable=["batch_stats"])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
+        return loss, updates["batch_stats"]
+
+    gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    (first_loss, stats), first = gradient(state.params, state.batch_stats, np.arange(0, ROWS, 2))
+    (second_loss, stats), second = gradient(state.params, stats, np.arange(1, ROWS, 2))
+    expected = jax.tree.map(lambda p, a, b: p - (a + b) / 2, state.params, first, second)
+    train_step = make_train_step(SMALL, optimizer, lambda _: 1.0, Augmentation(), 0, mesh, accumulation=2)
+    after, metrics = train_step(state, put_batch(batch, mesh))
+
+    assert_close(after.params, expected)
+    assert_close(after.batch_stats, stats)
+    assert float(metrics["loss"]) == pytest.approx((first_loss + second_loss) / 2, rel=1e-5)
+
+
+def test_accumulation_gives_the_same_on_one_device_and_on_four():
+    optimizer, states = optax.sgd(0.1), []
+    for devices in (1, 4):
+        mesh = make_mesh({"data": -1}, ROWS, jax.devices()[:devices])
+        train_step = make_train_step(SMALL, optimizer, lambda _: 0.1, AUGMENTATION, 0, mesh, accumulation=4)
+        states.append(train_step(init_state(SMALL, optimizer, 0, mesh), put_batch(random_batch(0), mesh))[0])
+    assert_close(jax.device_get(states[1].variables), jax.device_get(states[0].variables))
+
+
+def test_the_moving_average_is_that_of_all_variables():
+    mesh, optimizer, decay = one_device(), optax.sgd(0.1), 0.75
+    state = init_state(SMALL, optimizer, 0, mesh, ema=True)
+    train_step = make_train_step(SMALL, optimizer, lambda _: 0.1, Augmentation(), 0, mesh, ema_decay=decay)
+    expected = jax.tree.map(np.float64, jax.device_get(state.variables))
+    for step in range(3):
+        state, _ = train_step(state, put_batch(random_batch(step), mesh))
+        expected = jax.tree.map(lambda a, v: decay * a + (1 - decay) * v, expected, jax.device_get(state.variables))
+    for i in (1, 2, 3):
+        batches = expected["batch_stats"]["stem"][f"bn{i}"]
+        batches["batches"] = 3  # a count has no average
+    assert_close(jax.device_get(state.ema), expected)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(accumulation):
+    mesh, optimizer = one_device(), adamw(LEARNING_RATE, weight_decay=0.05)
+    options = {"accumulation": accumulation, "ema_decay": 0.9}
+    train_step = make_train_step(SMALL, optimizer, lambda step: step + 1.0, Augmentation(), 0, mesh, **options)
+    good = init_state(SMALL, optimizer, 0, mesh, ema=True)
+    bad = jax.tree.map(jnp.copy, good)
+    bad.params["head"]["bias"] = bad.params["head"]["bias"].at[3].set(np.inf)
+    before = jax.device_get(bad)
+    after, metrics = train_step(bad, put_batch(random_batch(0), mesh))
+    assert (int(after.step), int(after.skipped), float(metrics["skipped"])) == (1, 1, 1.0)
+    assert not np.isfinite(metrics["loss"])
+    unchanged = before.replace(step=after.step, skipped=after.skipped)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(unchanged))
+
+    # The next good step has the rate of the one that was skipped.
+    mended = good.replace(step=after.step, skipped=after.skipped)
+    mended, metrics = train_step(mended, put_batch(random_batch(1), mesh))
+    assert (int(mended.step), int(mended.skipped), float(metrics["skipped"])) == (2, 1, 0.0)
+    assert float(metrics["learning_rate"]) == 1.0
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_other_variables_replace_those_of_a_state_and_its_moving_average(ema):
+    mesh, optimizer = make_mesh({"data": 2, "fsdp": 4}, ROWS), adamw(LEARNING_RATE, weight_decay=0.05)
+    state = init_state(SMALL, optimizer, 0, mesh, ema=ema)
+    variables = jax.device_get(init_state(SMALL, optimizer, 1, mesh).variables)
+    changed = with_variables(state, variables, mesh)
+    for found in (changed.variables, changed.ema if ema else changed.variables):
+        jax.tree.map(np.testing.assert_array_equal, found, variables)
+    like = abstract_state(SMALL, optimizer, mesh, ema=ema)
+    jax.tree.map(lambda leaf, want: np.testing.assert_(leaf.sharding == want.sharding), changed, like)
+    jax.tree.map(lambda leaf, want: np.testing.assert_(leaf.dtype == want.dtype), changed, like)
+
+
 def test_a_step_has_the_loss_of_its_smoothed_labels_and_moves_everything():
-    # One stage without later slices or dropout: nothing is drawn.
-    model = SReT(
-        image_size=32,
-        widths=(8,),
-        heads=(1,),
-        blocks=(1,),
-        recursions=(1,),
-        slices=((4, 1),),
-        num_classes=CLASSES,
-        drop_path_rate=0.0,
-    )
-    mesh, optimizer = Mesh(np.array(jax.devices()[:1]), (BATCH_AXIS,)), adamw(LEARNING_RATE, weight_decay=0.0)
+    model, mesh, optimizer = SMALL, one_device(), adamw(LEARNING_RATE, weight_decay=0.0)
     batch, state = random_batch(0), init_state(model, optimizer, 0, mesh)
     images = np.float32((batch["image"] / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])
     logits, _ = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]))(state.variables)
