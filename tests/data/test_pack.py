@@ -6,10 +6,13 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -123,7 +126,7 @@ for moment in moments:
             (packing, "replace"), (packing.tfds.folder_dataset, "write_metadata"),
         ]:
             setattr(owner, name, killing(getattr(owner, name)))
-        packing.pack(folder, f"{{out}}/{{moment}}", name="small", workers=2)
+        packing.pack(folder, f"{{out}}/{{moment}}", name="small")
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(moment, code, flush=True)
@@ -146,6 +149,39 @@ for moment in moments:
 
 
 @pytest.mark.usefixtures("small_shards")
+def test_workers_end_with_their_parent(image_folder: Path, packed: Path, tmp_path: Path) -> None:
+    program = f"""
+import sys
+from sret_jax.data import shards
+from sret_jax.data.pack import pack
+shards._SHARD_BYTES = {_SMALL}
+pack(sys.argv[1], sys.argv[2], name="small", workers=2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program, image_folder, tmp_path])
+    _wait_for(lambda: list(tmp_path.rglob("*array_record*")))
+    children = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    assert children, "the program ended before it could be killed"
+    _wait_for(lambda: all(_has_ended(child) for child in children))
+    assert _content(pack(str(image_folder), str(tmp_path), name="small")) == _content(packed)
+
+
+def _wait_for(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "nothing happened in a minute"
+        time.sleep(0.001)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.usefixtures("small_shards")
 def test_a_full_disk_is_one_error_and_keeps_the_complete_files(
     image_folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +198,7 @@ def test_a_full_disk_is_one_error_and_keeps_the_complete_files(
     (incomplete,) = (tmp_path / "small").glob("1.0.0*")
     assert incomplete.name == "1.0.0.incomplete"
     kept = {path.name for path in incomplete.glob("small-train*")}
-    assert len(kept) > 5 and not any(name.endswith("incomplete") for name in kept)
+    assert len(kept) > 5 and not any("incomplete" in name for name in kept)
     done = pack(str(folder), str(tmp_path), name="small")
     assert len(tfds.builder_from_directory(done).as_data_source("train")) == 37
 
