@@ -148,8 +148,16 @@ for moment in moments:
         )
 
 
+@pytest.fixture
+def stuck_folder(image_folder: Path, tmp_path: Path) -> Path:
+    """A folder of images, the last of which nobody can finish reading: a pipe without a writer."""
+    folder = _copy(image_folder, tmp_path / "images")
+    os.mkfifo(folder / "train" / "cat" / "z.jpg")
+    return folder
+
+
 @pytest.mark.usefixtures("small_shards")
-def test_workers_end_with_their_parent(image_folder: Path, packed: Path, tmp_path: Path) -> None:
+def test_workers_end_with_their_parent(stuck_folder: Path, tmp_path: Path) -> None:
     program = f"""
 import sys
 from sret_jax.data import shards
@@ -157,14 +165,29 @@ from sret_jax.data.pack import pack
 shards._SHARD_BYTES = {_SMALL}
 pack(sys.argv[1], sys.argv[2], name="small", workers=2)
 """
-    process = subprocess.Popen([sys.executable, "-c", program, image_folder, tmp_path])
-    _wait_for(lambda: list(tmp_path.rglob("*array_record*")))
+    process = subprocess.Popen([sys.executable, "-c", program, stuck_folder, tmp_path])
+    _wait_for(lambda: list(tmp_path.rglob("small-validation.array_record*")))
     children = psutil.Process(process.pid).children()
     process.kill()
     process.wait()
-    assert children, "the program ended before it could be killed"
+    assert len(children) >= 2
     _wait_for(lambda: all(_has_ended(child) for child in children))
-    assert _content(pack(str(image_folder), str(tmp_path), name="small")) == _content(packed)
+
+    (stuck_folder / "train" / "cat" / "z.jpg").unlink()
+    (stuck_folder / "train" / "cat" / "z.jpg").touch()
+    done = pack(str(stuck_folder), str(tmp_path), name="small")
+    assert _content(done) == _content(pack(str(stuck_folder), str(tmp_path / "undisturbed"), name="small"))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_killed_worker_is_the_users_error(stuck_folder: Path, tmp_path: Path) -> None:
+    def kill_workers(*_: int) -> None:
+        for child in psutil.Process().children():
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+
+    with pytest.raises(UserError, match=r"a worker process was killed.*with fewer workers"):
+        pack(str(stuck_folder), str(tmp_path), name="small", workers=2, advance=kill_workers)
 
 
 def _wait_for(condition: Callable[[], Any]) -> None:
