@@ -47,8 +47,8 @@ def pack(
       folder: holds `train/<class>/<image>`, `val/<class>/<image>` and so on.
       out: the folder of TFDS datasets to which this one is added, as `out/name/1.0.0`.
       name: of the dataset; by default that of `folder`.
-      workers: threads; each writes one shard of about 256 MiB at a time.
-      advance: called with the images that have been written and that there are, now and then, from several threads.
+      workers: processes; each writes one file of about 256 MiB at a time.
+      advance: called with the images in a file that is complete, and those in all files.
 
     Returns:
       The dataset's own folder.
@@ -130,10 +130,10 @@ def _origin_hash(shards: Mapping[str, list[Shard]]) -> str:
     """A hash of the images' names and sizes, their classes, and where the files are cut."""
     digest = hashlib.sha256()
     for split, parts in sorted(shards.items()):
-        examples = parts[0].examples
-        cuts = [f"{part.start} {part.image_bytes}" for part in parts]
-        for line in [split, *examples.class_names, *cuts, *map(os.fsdecode, examples.names)]:
+        for line in [split, *parts[0].examples.class_names]:
             digest.update(os.fsencode(line) + b"\n")
+        for part in parts:
+            digest.update(b"\n".join([*part.examples.names.tolist(), str(part.image_bytes).encode(), b""]))
     return digest.hexdigest() + "\n"
 
 
@@ -155,7 +155,7 @@ def _write_metadata(folder: Path, shards: Mapping[str, list[Shard]]) -> None:
     split_infos = [
         tfds.core.SplitInfo(
             name=split,
-            shard_lengths=[part.stop - part.start for part in parts],
+            shard_lengths=[len(part.examples) for part in parts],
             num_bytes=sum(part.path.stat().st_size for part in parts),
         )
         for split, parts in sorted(shards.items())
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("folder", metavar="FOLDER", help="holds train/<class>/<image>, val/<class>/<image> and so on")
     parser.add_argument("out", metavar="OUT", help="the folder of TFDS datasets to which this one is added")
     parser.add_argument("--name", default="", help="of the dataset, by default FOLDER's; imagenet2012 for ImageNet-1k")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads, by default one for each core")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, by default one for each core")
     args = parser.parse_args()
     if args.workers < 1:
         parser.error("expected --workers of at least 1")

@@ -5,9 +5,13 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import os
+import signal
+import threading
 import zlib
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +28,8 @@ _SHARD_BYTES = 256 * 2**20
 # One image in a group, so that reading one decodes no other. Images are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
+_INCOMPLETE = ".incomplete-"
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -31,16 +37,12 @@ class Shard:
 
     Attributes:
       path: the file.
-      examples: the split that it is a part of.
-      start: its first example.
-      stop: one more than its last example.
+      examples: what belongs into it.
       image_bytes: sizes of its images, added up.
     """
 
     path: Path
     examples: FolderExamples
-    start: int
-    stop: int
     image_bytes: int
 
 
@@ -70,12 +72,16 @@ def plan_shards(examples: FolderExamples, name: str, split: str, folder: Path) -
     sizes = _file_sizes(examples)
     before = np.cumsum(sizes) - sizes
     starts = np.flatnonzero(np.diff(before // _SHARD_BYTES, prepend=-1))
-    stops = [*starts[1:].tolist(), len(examples)]
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
     )
-    columns = template.sharded_filepaths(len(starts)), starts.tolist(), stops, np.add.reduceat(sizes, starts).tolist()
-    return [Shard(Path(path), examples, *numbers) for path, *numbers in zip(*columns, strict=True)]
+    paths = template.sharded_filepaths(len(starts))
+    # Examples of their own, so that a worker is sent the names that it needs and no others.
+    names, labels, sizes_in = (np.split(column, starts[1:]) for column in (examples.names, examples.labels, sizes))
+    return [
+        Shard(Path(path), dataclasses.replace(examples, names=names, labels=labels), int(sizes.sum()))
+        for path, names, labels, sizes in zip(paths, names, labels, sizes_in, strict=True)
+    ]
 
 
 def write_shards(shards: list[Shard], workers: int, advance: Callable[[int, int], object]) -> None:
@@ -83,23 +89,51 @@ def write_shards(shards: list[Shard], workers: int, advance: Callable[[int, int]
 
     Args:
       shards: of one dataset.
-      workers: threads; each writes one file at a time.
-      advance: called with the images that have been written and that there are, now and then, from several threads.
+      workers: processes; each writes one file at a time.
+      advance: called with the images in a file that is complete, and those in all files.
 
     Raises:
-      UserError: if an image cannot be read, or a file cannot be written or reads back as something else. What other
-        threads had begun is complete by then.
+      UserError: if an image cannot be read, a file cannot be written or reads back as something else, or a worker was
+        killed. What other workers had begun is complete by then.
     """
-    total = sum(shard.stop - shard.start for shard in shards)
-    serializer = ExampleSerializer(example_features(shards[0].examples.class_names).get_serialized_info())
-    write = functools.partial(_write_shard, serializer=serializer, advance=lambda count: advance(count, total))
-    with concurrent.futures.ThreadPoolExecutor(workers) as executor:
-        running = [executor.submit(write, shard) for shard in shards]
+    total = sum(len(shard.examples) for shard in shards)
+    for folder in {shard.path.parent for shard in shards}:
+        for left_by_a_kill in folder.glob(f"*{_INCOMPLETE}*"):
+            left_by_a_kill.unlink()
+    with _executor(workers) as executor:
+        running = {executor.submit(_write_shard, shard): shard for shard in shards}
         try:
             for future in concurrent.futures.as_completed(running):
                 future.result()
+                advance(len(running[future].examples), total)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, perhaps because memory ran out. Run the same command again, with fewer "
+                "workers: what was complete before is still there"
+            ) from error
         finally:
             executor.shutdown(cancel_futures=True)
+
+
+def _executor(workers: int) -> concurrent.futures.Executor:
+    """Processes, because ArrayRecord's writer keeps other threads waiting; for one worker this process will do."""
+    if workers == 1:
+        return concurrent.futures.ThreadPoolExecutor(1)
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_follow_parent)
+
+
+def _follow_parent() -> None:
+    """Lets a worker end when its parent was killed, which it would not notice, and not before: not at Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _file_sizes(examples: FolderExamples) -> np.ndarray:
@@ -116,23 +150,23 @@ def _file_sizes(examples: FolderExamples) -> np.ndarray:
         return np.array(list(itertools.chain(*parts)), np.int64)
 
 
-def _write_shard(shard: Shard, serializer: ExampleSerializer, advance: Callable[[int], object]) -> None:
+def _write_shard(shard: Shard) -> None:
     if shard.path.exists():
-        advance(shard.stop - shard.start)
         return
-    new = shard.path.with_name(shard.path.name + ".incomplete")
+    # Under a name of this process's own: a worker whose parent was killed may still be writing for a moment.
+    new = shard.path.with_name(f"{shard.path.name}{_INCOMPLETE}{os.getpid()}")
+    serializer = ExampleSerializer(example_features(shard.examples.class_names).get_serialized_info())
     try:
         with contextlib.closing(ArrayRecordWriter(str(new), _WRITER_OPTIONS)) as writer:
             checksum = 0
-            for index in range(shard.start, shard.stop):
+            for index in range(len(shard.examples)):
                 record = _record(shard.examples, index, serializer)
                 checksum = zlib.crc32(record, checksum)
                 writer.write(record)
-                advance(1)
         with naming(shard.path):
             with new.open("rb") as file:
                 os.fsync(file.fileno())
-            if _count_and_checksum(new) != (shard.stop - shard.start, checksum):
+            if _count_and_checksum(new) != (len(shard.examples), checksum):
                 raise UserError(f"{new} does not read back as it was written. Expected a sound disk: check it")
             os.replace(new, shard.path)
     except RuntimeError as error:  # what ArrayRecord makes of the system's refusals

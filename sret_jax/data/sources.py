@@ -20,8 +20,9 @@ from sret_jax.errors import UserError
 class Examples(Protocol):
     """Random access to `{"image": encoded bytes or uint8 (height, width, channels), "label": int}`.
 
-    The bytes are as they are on disk, whatever they hold, and empty where a file cannot be read. So whoever decodes
-    them also reports what is broken, by `file_name`. Both methods are called from several threads at once.
+    The bytes are as they are on disk, whatever they hold, and empty where the disk does not give them; a label that it
+    does not give is -1. So whoever decodes also reports what is broken, by `file_name`. Both methods are called from
+    several threads at once.
     """
 
     def __len__(self) -> int: ...
@@ -78,8 +79,8 @@ def open_source(
       The source. Datasets know their own sizes: the keyword arguments do not change them.
 
     Raises:
-      UserError: if the dataset or the split does not exist, holds no images with class labels, or cannot be read at
-        random; if `digits` cannot be written below `path`; what `list_folder` raises.
+      UserError: if the dataset, one of its files or the split does not exist, holds no images with class labels, or
+        cannot be read at random; if `digits` cannot be written below `path`; what `list_folder` raises.
     """
     if name == "synthetic":
         noise = _SyntheticExamples(split, length, image_size, num_classes)
@@ -133,6 +134,12 @@ def _open_prepared(name: str, split: str, folder: str) -> Source:
             f"dataset {name!r} has no split {split!r}. Expected one of {sorted(builder.info.splits)} or a part of one, "
             "such as 'train[:99%]'"
         ) from error
+    if missing := [path for path in builder.info.splits[split].filepaths if not path.exists()]:
+        raise UserError(
+            f"dataset {name!r} lacks {missing[0]}"
+            + (f" and {len(missing) - 1} other files" if missing[1:] else "")
+            + ". Expected all that its dataset_info.json speaks of: copy or prepare it again"
+        )
     return Source(_PreparedExamples(records), label.num_classes, f"{name} {split}", tuple(label.names))
 
 
@@ -147,14 +154,19 @@ class _PreparedExamples:
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
         features = self._features(index)
-        return {"image": features["image"].bytes_list.value[0], "label": features["label"].int64_list.value[0]}
+        (image,), (label,) = features["image"].bytes_list.value or [b""], features["label"].int64_list.value or [-1]
+        return {"image": image, "label": label}
 
     def file_name(self, index: int, /) -> str:
         names = self._features(index)["file_name"].bytes_list.value
         return os.fsdecode(names[0]) if names else f"number {index}"
 
     def _features(self, index: int) -> Mapping[str, Any]:
-        return tf_example_pb2.Example.FromString(self.records[index]).features.feature
+        try:
+            record = self.records[index]
+        except RuntimeError:  # ArrayRecord's word for a record that is not what was written, or a file that vanished
+            record = b""
+        return tf_example_pb2.Example.FromString(record).features.feature
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ def _listed(examples: FolderExamples) -> list[tuple[str, int]]:
 
 def test_images_are_sorted_by_class_then_folder_then_name(tmp_path: Path) -> None:
     _touch(tmp_path, "train/b/2.jpg", "train/b/10.JPEG", "train/a/z.Png", "train/B/1.webp", "train/b/more/0.jpg")
+    _touch(tmp_path, *(f"train/b/deep/{number}.jpg" for number in range(40)))
     _touch(tmp_path, "train/a/notes.txt", "train/a/jpg", "train/readme.jpg", "elsewhere/1.tiff")
     (tmp_path / "train" / "c").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "train" / "empty").mkdir()
@@ -36,6 +37,7 @@ def test_images_are_sorted_by_class_then_folder_then_name(tmp_path: Path) -> Non
         ("train/a/z.Png", 1),
         ("train/b/10.JPEG", 2),
         ("train/b/2.jpg", 2),
+        *((f"train/b/deep/{number}.jpg", 2) for number in sorted(range(40), key=str)),
         ("train/b/more/0.jpg", 2),
         ("train/c/1.tiff", 3),
     ]

@@ -6,10 +6,13 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -123,7 +126,7 @@ for moment in moments:
             (packing, "replace"), (packing.tfds.folder_dataset, "write_metadata"),
         ]:
             setattr(owner, name, killing(getattr(owner, name)))
-        packing.pack(folder, f"{{out}}/{{moment}}", name="small", workers=2)
+        packing.pack(folder, f"{{out}}/{{moment}}", name="small")
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(moment, code, flush=True)
@@ -145,6 +148,62 @@ for moment in moments:
         )
 
 
+@pytest.fixture
+def stuck_folder(image_folder: Path, tmp_path: Path) -> Path:
+    """A folder of images, the last of which nobody can finish reading: a pipe without a writer."""
+    folder = _copy(image_folder, tmp_path / "images")
+    os.mkfifo(folder / "train" / "cat" / "z.jpg")
+    return folder
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_workers_end_with_their_parent(stuck_folder: Path, tmp_path: Path) -> None:
+    program = f"""
+import sys
+from sret_jax.data import shards
+from sret_jax.data.pack import pack
+shards._SHARD_BYTES = {_SMALL}
+pack(sys.argv[1], sys.argv[2], name="small", workers=2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program, stuck_folder, tmp_path])
+    _wait_for(lambda: list(tmp_path.rglob("small-validation.array_record*")))
+    children = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    assert len(children) >= 2
+    _wait_for(lambda: all(_has_ended(child) for child in children))
+
+    (stuck_folder / "train" / "cat" / "z.jpg").unlink()
+    (stuck_folder / "train" / "cat" / "z.jpg").touch()
+    done = pack(str(stuck_folder), str(tmp_path), name="small")
+    assert _content(done) == _content(pack(str(stuck_folder), str(tmp_path / "undisturbed"), name="small"))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_killed_worker_is_the_users_error(stuck_folder: Path, tmp_path: Path) -> None:
+    def kill_workers(*_: int) -> None:
+        for child in psutil.Process().children():
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+
+    with pytest.raises(UserError, match=r"a worker process was killed.*with fewer workers"):
+        pack(str(stuck_folder), str(tmp_path), name="small", workers=2, advance=kill_workers)
+
+
+def _wait_for(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "nothing happened in a minute"
+        time.sleep(0.001)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @pytest.mark.usefixtures("small_shards")
 def test_a_full_disk_is_one_error_and_keeps_the_complete_files(
     image_folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -162,7 +221,7 @@ def test_a_full_disk_is_one_error_and_keeps_the_complete_files(
     (incomplete,) = (tmp_path / "small").glob("1.0.0*")
     assert incomplete.name == "1.0.0.incomplete"
     kept = {path.name for path in incomplete.glob("small-train*")}
-    assert len(kept) > 5 and not any(name.endswith("incomplete") for name in kept)
+    assert len(kept) > 5 and not any("incomplete" in name for name in kept)
     done = pack(str(folder), str(tmp_path), name="small")
     assert len(tfds.builder_from_directory(done).as_data_source("train")) == 37
 

@@ -222,6 +222,28 @@ def test_a_dataset_that_cannot_be_read_in_random_order_is_the_users_error(digits
         open_source("records", "train", str(tmp_path))
 
 
+def test_a_damaged_record_is_an_empty_image_without_a_label(digits_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits_folder / "digits", tmp_path / "digits")
+    (file,) = tmp_path.rglob("*train.array_record*")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    sound, damaged = (open_source("digits", "train", str(folder)).examples for folder in [digits_folder, tmp_path])
+    (broken,) = [index for index in range(len(sound)) if damaged[index] != sound[index]]
+    assert damaged[broken] == {"image": b"", "label": -1}
+    assert damaged.file_name(broken) == f"number {broken}"
+
+
+def test_a_dataset_that_lacks_a_file_is_the_users_error(digits_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits_folder / "digits", tmp_path / "digits")
+    (file,) = tmp_path.rglob("*train.array_record*")
+    file.unlink()
+    for split in ["train", "train[:10]"]:
+        with pytest.raises(UserError, match=f"'digits' lacks {file}. Expected all"):
+            open_source("digits", split, str(tmp_path))
+    assert len(open_source("digits", "test", str(tmp_path)).examples) == 360
+
+
 def test_a_synthetic_example_depends_on_its_split_and_index_alone() -> None:
     train, again, test = (open_source("synthetic", split, image_size=16) for split in ["train", "train", "test"])
     for index in [0, 1, 9_999]:
