@@ -216,32 +216,29 @@ def messages_of(source: Source, caplog: pytest.LogCaptureFixture) -> list[str]:
     return sorted(record.getMessage() for record in caplog.records if source.name in record.getMessage())
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_broken_image_is_reported_once_and_replaced_by_the_next_good_one_in_training(
-    caplog: pytest.LogCaptureFixture, num_workers: int
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    source = broken_source(f"training {num_workers}")
-    batches = take(source, 6, batch_size=8, num_workers=num_workers, max_broken=4)
-    for batch in batches:
+    source = broken_source("training")
+    for batch in take(source, 6, batch_size=8, max_broken=4):
         assert sorted(batch) == ["image", "label"]
         assert sorted(batch["label"]) == [0, 1, 6, 6, 6, 6, 6, 7]
         assert (batch["image"] == 9).all()
     assert messages_of(source, caplog) == [reason.format(source.name) for reason in REASONS]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_broken_image_is_reported_once_and_masked_in_evaluation(
-    caplog: pytest.LogCaptureFixture, num_workers: int
+def test_a_broken_image_is_reported_once_and_masked_in_every_evaluation_with_and_without_workers(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    source = broken_source(f"evaluation {num_workers}")
-    for _ in range(2):
+    source = broken_source("evaluation")
+    for num_workers in (0, 0, 2):
         batches = list(eval_batches(source, batch_size=5, image_size=8, num_workers=num_workers, max_broken=4))
         assert [sorted(batch) for batch in batches] == [["image", "label", "mask"]] * 2
         labels, mask = (np.concatenate([batch[name] for batch in batches]) for name in ("label", "mask"))
         np.testing.assert_array_equal(labels, [0, 1, 0, 0, 0, 0, 6, 7, 0, 0])
         np.testing.assert_array_equal(mask, [1, 1, 0, 0, 0, 0, 1, 1, 0, 0])
         assert not np.concatenate([batch["image"] for batch in batches])[~mask].any()
-    assert messages_of(source, caplog) == [reason.format(source.name) for reason in REASONS]
+        assert messages_of(source, caplog) == [reason.format(source.name) for reason in REASONS]
 
 
 class NamedExamples(list[dict[str, Any]]):
@@ -273,12 +270,12 @@ def test_a_source_of_broken_images_is_the_users_error() -> None:
         take(source, 1)
 
 
-@pytest.mark.parametrize("first_batch", [0, 3])
-def test_worker_processes_change_nothing(numbered_source: Source, first_batch: int) -> None:
-    arguments = {"first_batch": first_batch, "repeats": 3, "rand_augment": "rand-m9-mstd0.5-inc1", "rows": [1, 2]}
-    expected = take(numbered_source, 9, **arguments)
-    for num_workers in (1, 4):
-        np.testing.assert_equal(take(numbered_source, 9, num_workers=num_workers, **arguments), expected)
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_worker_processes_change_nothing(numbered_source: Source, num_workers: int) -> None:
+    arguments = {"first_batch": 3, "repeats": 3, "rand_augment": "rand-m9-mstd0.5-inc1", "rows": [1, 3]}
+    batches = take(numbered_source, 9, num_workers=num_workers, **arguments)
+    np.testing.assert_equal(batches, take(numbered_source, 9, **arguments))
+    assert all(type(array) is np.ndarray for batch in batches for array in batch.values())
 
 
 def test_an_image_is_repeated_side_by_side_and_cropped_anew(numbered_source: Source) -> None:
