@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
 
-from sret_jax.data.decode import random_crop_box
 from sret_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
 from sret_jax.data.sources import Source, open_source
 from sret_jax.errors import UserError
@@ -104,43 +102,6 @@ def test_training_crops_lie_in_the_ranges_asked_for() -> None:
     np.testing.assert_array_equal(images[:, 4, :, 0], images[:, 28, :, 0])
 
 
-def test_crop_boxes_are_uniform_in_area_and_place_and_log_uniform_in_aspect() -> None:
-    rng, (width, height) = np.random.default_rng(0), (5000, 3750)
-    # At up to a quarter of this area every aspect fits: no box is drawn twice, which would bend the distributions.
-    boxes = np.array([random_crop_box(width, height, rng, area=(0.08, 0.25)) for _ in range(2000)])
-    left, top, right, bottom = boxes.T
-    box_width, box_height = right - left, bottom - top
-    areas, log_aspects = box_width * box_height / (width * height), np.log(box_width / box_height)
-    uniforms = [
-        (areas - 0.08) / (0.25 - 0.08),
-        (log_aspects - np.log(3 / 4)) / (np.log(4 / 3) - np.log(3 / 4)),
-        left / (width - box_width),
-        top / (height - box_height),
-    ]
-    for values in uniforms:
-        assert stats.kstest(values, "uniform").pvalue > 0.001
-
-
-def test_crop_boxes_of_the_full_range_stay_inside_the_image_and_the_ranges() -> None:
-    rng = np.random.default_rng(0)
-    boxes = np.array([random_crop_box(500, 375, rng) for _ in range(2000)])
-    left, top, right, bottom = boxes.T
-    assert left.min() == top.min() == 0 and right.max() == 500 and bottom.max() == 375
-    areas, aspects = (right - left) * (bottom - top) / (500 * 375), (right - left) / (bottom - top)
-    assert 0.079 < areas.min() < 0.1 and 0.95 < areas.max() <= 1
-    assert 0.74 < aspects.min() < 0.77 and 1.3 < aspects.max() < 1.35
-
-
-@pytest.mark.parametrize(
-    ("size", "box"),
-    [((1000, 12), (492, 0, 508, 12)), ((12, 1000), (0, 492, 12, 508)), ((1000, 1000), (0, 0, 1000, 1000))],
-)
-def test_where_no_box_fits_the_crop_is_the_largest_central_one(
-    size: tuple[int, int], box: tuple[int, int, int, int]
-) -> None:
-    assert random_crop_box(*size, np.random.default_rng(0), area=(1.1, 1.2)) == box
-
-
 @pytest.mark.parametrize("hosts", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [6, 24, 30])
 def test_evaluation_sees_every_example_once(numbered_source: Source, hosts: int, batch_size: int) -> None:
@@ -183,17 +144,6 @@ def test_evaluation_at_384_resizes_to_438_as_deit_does() -> None:
     (batch,) = eval_batches(Source([{"image": pixels, "label": 0}], 1, "one"), batch_size=1, image_size=384)
     resized = Image.fromarray(pixels).resize((438, 438), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(batch["image"][0], np.asarray(resized)[27:411, 27:411])
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
-def test_images_of_any_mode_become_rgb(mode: str) -> None:
-    image = Image.fromarray(np.full((8, 8), 255, np.uint8)).convert(mode)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG" if mode == "CMYK" else "PNG")
-    grey = np.full((8, 8, 1), 255, np.uint8)
-    source = Source([{"image": buffer.getvalue(), "label": 0}, {"image": grey, "label": 1}], 2, mode)
-    (batch,) = eval_batches(source, batch_size=2, image_size=8, crop_ratio=1, num_threads=2)
-    assert (batch["image"] == 255).all()
 
 
 def broken_source(name: str) -> Source:

@@ -94,5 +94,5 @@ def test_too_little_shared_memory_for_the_workers_is_the_users_error(
     usage = shutil.disk_usage("/")._replace(free=64_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     start(load, num_workers=2, batch_size=50, example_bytes=150_000)
-    with pytest.raises(UserError, match="has 64 MB left, but the worker processes need 72 MB.*--shm-size"):
+    with pytest.raises(UserError, match=r"has 64 MB left, but the worker processes need 72 MB.*--shm-size"):
         start(load, num_workers=2, batch_size=60, example_bytes=150_000)
