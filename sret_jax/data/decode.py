@@ -16,8 +16,8 @@ Box = tuple[int, int, int, int]
 # In RGB 270 MB; about where Pillow begins to warn of decompression bombs.
 _MAX_PIXELS = 90_000_000
 
-# libjpeg's quick ways to reduce an image while it decodes.
-_REDUCTIONS = (1, 2, 4, 8)
+# libjpeg reduces images to 1/2, 1/4 and 1/8 as it decodes them, in no more time.
+_MAX_REDUCTION = 8
 
 # Evaluation cuts the ends off images that are longer than this times their other side.
 _MAX_ASPECT = 20
@@ -36,8 +36,8 @@ def random_crops(
     """Crops of one image by `random_crop_box`, resized bicubically with antialiasing.
 
     The image is decoded once for all of them: a JPEG only down to the lowest row that they need, and at 1/2, 1/4 or 1/8
-    of its size where every crop still has `image_size` pixels each way. On photographs, the crops differ from Pillow's
-    by less than a grey level on average.
+    of its size for crops that then still have 1.5 times the pixels asked for. Over photographs, crops differ from
+    Pillow's by 0.14 grey levels on average, those that were decoded at a reduced size by 0.6.
 
     Args:
       encoded: an image file in any format that Pillow reads, or pixels, uint8 (height, width, 1 or 3).
@@ -54,10 +54,11 @@ def random_crops(
     """
     image = _open(encoded)
     boxes = [random_crop_box(image.width, image.height, rng, area, aspect) for rng in rngs]
-    shortest = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
-    reduction = max((n for n in _REDUCTIONS if n * image_size <= shortest), default=1)
-    pixels, reduction = _decode(image, reduction, rows=max(bottom for *_, bottom in boxes))
-    return [_resized(pixels, box, reduction, image_size) for box in boxes]
+    # For each crop by itself: what one shows must not depend on which others are made with it.
+    reductions = [_reduction(image, box, 1.5 * image_size) for box in boxes]
+    lowest = {n: max(bottom for (*_, bottom), m in zip(boxes, reductions, strict=True) if m == n) for n in reductions}
+    decoded = {n: _decode(image, n, rows) for n, rows in lowest.items()}
+    return [_resized(decoded[n], box, n, image_size) for box, n in zip(boxes, reductions, strict=True)]
 
 
 def central_crop(encoded: Encoded, image_size: int, crop_ratio: float = 0.875) -> np.ndarray:
@@ -78,8 +79,8 @@ def central_crop(encoded: Encoded, image_size: int, crop_ratio: float = 0.875) -
       Exception: the image is broken; which one depends on its format and the damage.
     """
     opened = _open(encoded)
-    pixels, _ = _decode(opened, reduction=1, rows=opened.height)
-    image = Image.fromarray(pixels)
+    reduction = _reduction(opened, (0, 0, opened.width, opened.height), math.inf)
+    image = Image.fromarray(_decode(opened, reduction, opened.height))
     longest = _MAX_ASPECT * min(image.size)
     if longest < max(image.size):
         image = image.crop(_central_box(*image.size, min(longest, image.width), min(longest, image.height)))
@@ -174,33 +175,46 @@ def _uint16(encoded: bytes, position: int) -> int:
     return int.from_bytes(encoded[position : position + 2], "big")
 
 
-def _decode(image: _Opened, reduction: int, rows: int) -> tuple[np.ndarray, int]:
-    """The upper `rows` of an image and perhaps more, uint8 RGB, and how many times smaller than the image they are.
+def _reduction(image: _Opened, box: Box, least: float) -> int:
+    """How many times smaller to decode an image of which a box is to have `least` pixels each way.
 
-    Only JPEGs are reduced; large ones more than asked for, so that they fit into memory.
+    Only JPEGs are reduced; they are further where they would not fit into memory.
     """
+    if not isinstance(image.content, bytes):
+        return 1
+    left, top, right, bottom = box
+    reduction = 1
+    while reduction < _MAX_REDUCTION and (
+        min(right - left, bottom - top) >= 2 * reduction * least
+        or image.width * image.height > reduction**2 * _MAX_PIXELS
+    ):
+        reduction *= 2
+    return reduction
+
+
+def _decode(image: _Opened, reduction: int, rows: int) -> np.ndarray:
+    """The upper `rows` of an image, or more, at 1 / `reduction` of its size: uint8 RGB."""
     if isinstance(image.content, bytes):
         return _decode_jpeg(image.content, image, reduction, rows)
     _check_pixels(image)
     if isinstance(image.content, np.ndarray):
-        return np.broadcast_to(image.content, (image.height, image.width, 3)), 1
-    return np.asarray(_to_rgb(image.content)), 1
+        return np.broadcast_to(image.content, (image.height, image.width, 3))
+    return np.asarray(_to_rgb(image.content))
 
 
-def _decode_jpeg(encoded: bytes, image: _Opened, reduction: int, rows: int) -> tuple[np.ndarray, int]:
+def _decode_jpeg(encoded: bytes, image: _Opened, reduction: int, rows: int) -> np.ndarray:
     if encoded[image.frame + 1] == 0xC2:
         _check_pixels(image)  # progressive: libjpeg holds all of it, whatever the reduction
         rows = image.height
     else:
         # The rows come one after the other. Told that there are fewer, libjpeg stops there. It smooths colours over
-        # two rows: the last ones are not what they would have been.
+        # neighbouring rows: the last ones are not what they would have been.
         rows = min(rows + 16, image.height)
         encoded = b"".join([encoded[: image.frame + 5], rows.to_bytes(2, "big"), encoded[image.frame + 7 :]])
-    while image.width * rows > _MAX_PIXELS * reduction**2:
-        reduction *= 2
     # Not strict: like Pillow, it puts up with bytes between the segments and with damaged ones.
-    least = {"min_width": math.ceil(image.width / reduction), "min_height": math.ceil(rows / reduction)}
-    return simplejpeg.decode_jpeg(encoded, strict=False, **least), reduction
+    return simplejpeg.decode_jpeg(
+        encoded, min_width=-(-image.width // reduction), min_height=-(-rows // reduction), strict=False
+    )
 
 
 def _check_pixels(image: _Opened) -> None:

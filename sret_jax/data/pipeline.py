@@ -4,30 +4,21 @@ import functools
 import itertools
 import logging
 import math
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from sret_jax.data.decode import Encoded, central_crop, random_crops
 from sret_jax.data.rand_augment import RandAugment
+from sret_jax.data.read_ahead import Example, read_ahead
 from sret_jax.data.sources import Source
 from sret_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
-
-# What a thread makes at a time. More rows of an image that is repeated then come from one decoding.
-_CHUNK = 12
-
-# More than any run takes; the number of chunks in them is still a number for Grain.
-_ENDLESS = 10**12
 
 Batch = dict[str, np.ndarray]
 
@@ -99,6 +90,7 @@ def train_batches(
       UserError: if the source is smaller than one batch, or there is no such policy; while iterating, if too many
         images are broken.
     """
+    blank = np.zeros((image_size, image_size, 3), np.uint8)
     load = functools.partial(
         _train_examples,
         source=source,
@@ -109,18 +101,18 @@ def train_batches(
         crop=functools.partial(random_crops, image_size=image_size, area=crop_area, aspect=crop_aspect),
         augment=RandAugment.parse(rand_augment) if rand_augment else None,
         max_broken=max_broken,
-        blank=np.zeros((image_size, image_size, 3), np.uint8),
+        blank=blank,
     )
-    batches = _read_ahead(
+    batches = read_ahead(
         load,
         batch_size=batch_size,
         rows=rows,
         first_batch=first_batch,
-        num_batches=_ENDLESS,
+        example_bytes=blank.nbytes,
         num_threads=num_threads,
         num_workers=num_workers,
     )
-    return _report_broken(batches, source, max_broken, ("image", "label"))
+    return _checked(batches, source, max_broken, ("image", "label"))
 
 
 def eval_batches(
@@ -156,30 +148,24 @@ def eval_batches(
     Raises:
       UserError: while iterating, if too many images are broken.
     """
+    blank = np.zeros((image_size, image_size, 3), np.uint8)
     load = functools.partial(
         _eval_examples,
         source=source,
         crop=functools.partial(central_crop, image_size=image_size, crop_ratio=crop_ratio),
-        blank=np.zeros((image_size, image_size, 3), np.uint8),
+        blank=blank,
     )
     num_batches = math.ceil(len(source.examples) / batch_size)
-    batches = _read_ahead(
+    batches = read_ahead(
         load,
         batch_size=batch_size,
         rows=rows,
-        first_batch=0,
         num_batches=num_batches,
+        example_bytes=blank.nbytes,
         num_threads=num_threads,
         num_workers=num_workers,
     )
-    return _report_broken(batches, source, max_broken, ("image", "label", "mask"), num_batches)
-
-
-class _Example(NamedTuple):
-    image: np.ndarray
-    label: int
-    mask: bool  # False: there is no such example, or it is broken
-    broken: Sequence[tuple[int, str]] = ()  # index and reason for each broken image met on the way to this one
+    return itertools.islice(_checked(batches, source, max_broken, ("image", "label", "mask")), num_batches)
 
 
 def _train_examples(
@@ -194,7 +180,7 @@ def _train_examples(
     augment: RandAugment | None,
     max_broken: int,
     blank: np.ndarray,
-) -> list[_Example]:
+) -> list[Example]:
     """The examples at some positions; a position counts the rows of all batches of all epochs."""
 
     def place(position: int) -> int:
@@ -214,17 +200,17 @@ def _train_examples(
                 break
             broken.append((index, reason))
         if crops is None:
-            examples += [_Example(blank, label, False, broken)] * len(of_one_image)
+            examples += [Example(blank, label, False, broken)] * len(of_one_image)
             continue
         if augment is not None:
             crops = [np.asarray(augment(Image.fromarray(pixels), rng)) for pixels, rng in zip(crops, rngs, strict=True)]
-        examples += [_Example(pixels, label, True, broken) for pixels in crops]
+        examples += [Example(pixels, label, True, broken) for pixels in crops]
     return examples
 
 
 def _eval_examples(
     positions: Sequence[int], *, source: Source, crop: Callable[[Encoded], np.ndarray], blank: np.ndarray
-) -> list[_Example]:
+) -> list[Example]:
     """The examples at some positions, which count the source's own order; blank beyond its end."""
     examples = []
     for index in positions:
@@ -232,7 +218,7 @@ def _eval_examples(
         if index < len(source.examples):
             image, label, reason = _read(source, index, crop)
             broken = [(index, reason)] if image is None else []
-        examples.append(_Example(blank if image is None else image, label, image is not None, broken))
+        examples.append(Example(blank if image is None else image, label, image is not None, broken))
     return examples
 
 
@@ -250,73 +236,25 @@ def _read(source: Source, index: int, crop: Callable[[Encoded], Any]) -> tuple[A
         return None, 0, f"it does not decode: {error}"
 
 
-def _read_ahead(
-    load: Callable[[Sequence[int]], list[_Example]],
-    *,
-    batch_size: int,
-    rows: Sequence[int] | None,
-    first_batch: int,
-    num_batches: int,
-    num_threads: int,
-    num_workers: int,
-) -> grain.DatasetIterator:
-    """Batches from number `first_batch` on, of what `load` returns for the positions of their rows."""
-    rows = range(batch_size) if rows is None else rows
-    chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
-    workers = max(num_workers, 1)
-
-    def load_chunk(number: int) -> list[_Example]:
-        # Of n workers, Grain gives each every n-th element, and takes a batch from each in turn. So that these are the
-        # batches in their order, the n-th elements have to be chunks of every n-th batch.
-        of_worker, worker = divmod(number, workers)
-        turn, chunk = divmod(of_worker, len(chunks))
-        first_row = (first_batch + turn * workers + worker) * batch_size
-        return load([first_row + row for row in chunks[chunk]])
-
-    # Worker processes must all get equally many: the last turn may have batches beyond the last.
-    turns = math.ceil(num_batches / workers)
-    # The threads make parts of batches: the first batch comes soon, and two batches are about all that is kept.
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * len(chunks), num_threads))
-    dataset = grain.MapDataset.range(turns * workers * len(chunks)).map(load_chunk).to_iter_dataset(options)
-    dataset = dataset.batch(len(chunks), batch_fn=_stack)
-    if num_workers and not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain asks for flags of its own, which only programs of absl have parsed
-    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_init_worker)
-    return iter(dataset)
+def _checked(batches: grain.DatasetIterator, source: Source, max_broken: int, fields: Sequence[str]) -> Iterator[Batch]:
+    """The batches without what is known of their broken images, which is reported and counted."""
+    checked = _check(batches, source, max_broken, fields)
+    # At the program's end Grain would close it when what it needs is gone.
+    weakref.finalize(checked, _close_if_there, weakref.ref(checked))
+    return checked
 
 
-def _stack(chunks: Sequence[Sequence[_Example]]) -> dict[str, Any]:
-    examples = list(itertools.chain.from_iterable(chunks))
-    return {
-        "image": np.stack([example.image for example in examples]),
-        "label": np.array([example.label for example in examples], np.int32),
-        "mask": np.array([example.mask for example in examples], np.bool_),
-        "broken": sorted({image for example in examples for image in example.broken}),
-    }
+def _close_if_there(generator: Callable[[], Generator[Batch, None, None] | None]) -> None:
+    if there := generator():
+        there.close()
 
 
-def _init_worker(worker: int, workers: int) -> None:
-    """In a worker process: leave signals to the parent, which may need another batch to end well, and end with it."""
-    del worker, workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _report_broken(
-    batches: grain.DatasetIterator, source: Source, max_broken: int, fields: Sequence[str], count: int | None = None
-) -> Iterator[Batch]:
-    """The batches, as long as not too many of their images are broken."""
+def _check(
+    batches: grain.DatasetIterator, source: Source, max_broken: int, fields: Sequence[str]
+) -> Generator[Batch, None, None]:
     broken: dict[int, str] = {}
     try:
-        for batch in itertools.islice(batches, count):
+        for batch in batches:
             for index, reason in batch["broken"]:
                 if index not in broken:
                     broken[index] = _name(source, index)
@@ -327,8 +265,9 @@ def _report_broken(
                     f"{len(broken)} of {source.name}'s {len(source.examples)} images are broken, among them {some}. "
                     f"Expected at most {max_broken}: mend or remove them, or raise config.data.max_broken"
                 )
-            # Copied out of memory shared with a worker: what lives there at the program's end is not freed quietly.
-            yield {name: np.array(batch[name]) for name in fields}
+            # Copied: a worker's are in shared memory, which has to be free again before the program ends.
+            batch = {name: np.array(batch[name]) for name in fields}
+            yield batch
     finally:
         batches.close()
 

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
 
-from sret_jax.data.decode import random_crop_box
 from sret_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
 from sret_jax.data.sources import Source, open_source
 from sret_jax.errors import UserError
@@ -104,43 +102,6 @@ def test_training_crops_lie_in_the_ranges_asked_for() -> None:
     np.testing.assert_array_equal(images[:, 4, :, 0], images[:, 28, :, 0])
 
 
-def test_crop_boxes_are_uniform_in_area_and_place_and_log_uniform_in_aspect() -> None:
-    rng, (width, height) = np.random.default_rng(0), (5000, 3750)
-    # At up to a quarter of this area every aspect fits: no box is drawn twice, which would bend the distributions.
-    boxes = np.array([random_crop_box(width, height, rng, area=(0.08, 0.25)) for _ in range(2000)])
-    left, top, right, bottom = boxes.T
-    box_width, box_height = right - left, bottom - top
-    areas, log_aspects = box_width * box_height / (width * height), np.log(box_width / box_height)
-    uniforms = [
-        (areas - 0.08) / (0.25 - 0.08),
-        (log_aspects - np.log(3 / 4)) / (np.log(4 / 3) - np.log(3 / 4)),
-        left / (width - box_width),
-        top / (height - box_height),
-    ]
-    for values in uniforms:
-        assert stats.kstest(values, "uniform").pvalue > 0.001
-
-
-def test_crop_boxes_of_the_full_range_stay_inside_the_image_and_the_ranges() -> None:
-    rng = np.random.default_rng(0)
-    boxes = np.array([random_crop_box(500, 375, rng) for _ in range(2000)])
-    left, top, right, bottom = boxes.T
-    assert left.min() == top.min() == 0 and right.max() == 500 and bottom.max() == 375
-    areas, aspects = (right - left) * (bottom - top) / (500 * 375), (right - left) / (bottom - top)
-    assert 0.079 < areas.min() < 0.1 and 0.95 < areas.max() <= 1
-    assert 0.74 < aspects.min() < 0.77 and 1.3 < aspects.max() < 1.35
-
-
-@pytest.mark.parametrize(
-    ("size", "box"),
-    [((1000, 12), (492, 0, 508, 12)), ((12, 1000), (0, 492, 12, 508)), ((1000, 1000), (0, 0, 1000, 1000))],
-)
-def test_where_no_box_fits_the_crop_is_the_largest_central_one(
-    size: tuple[int, int], box: tuple[int, int, int, int]
-) -> None:
-    assert random_crop_box(*size, np.random.default_rng(0), area=(1.1, 1.2)) == box
-
-
 @pytest.mark.parametrize("hosts", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [6, 24, 30])
 def test_evaluation_sees_every_example_once(numbered_source: Source, hosts: int, batch_size: int) -> None:
@@ -185,17 +146,6 @@ def test_evaluation_at_384_resizes_to_438_as_deit_does() -> None:
     np.testing.assert_array_equal(batch["image"][0], np.asarray(resized)[27:411, 27:411])
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
-def test_images_of_any_mode_become_rgb(mode: str) -> None:
-    image = Image.fromarray(np.full((8, 8), 255, np.uint8)).convert(mode)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG" if mode == "CMYK" else "PNG")
-    grey = np.full((8, 8, 1), 255, np.uint8)
-    source = Source([{"image": buffer.getvalue(), "label": 0}, {"image": grey, "label": 1}], 2, mode)
-    (batch,) = eval_batches(source, batch_size=2, image_size=8, crop_ratio=1, num_threads=2)
-    assert (batch["image"] == 255).all()
-
-
 def broken_source(name: str) -> Source:
     """Eight images, of which 0, 1, 6 and 7 are good."""
     good = encode(np.full((8, 8, 3), 9, np.uint8))
@@ -216,32 +166,29 @@ def messages_of(source: Source, caplog: pytest.LogCaptureFixture) -> list[str]:
     return sorted(record.getMessage() for record in caplog.records if source.name in record.getMessage())
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_broken_image_is_reported_once_and_replaced_by_the_next_good_one_in_training(
-    caplog: pytest.LogCaptureFixture, num_workers: int
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    source = broken_source(f"training {num_workers}")
-    batches = take(source, 6, batch_size=8, num_workers=num_workers, max_broken=4)
-    for batch in batches:
+    source = broken_source("training")
+    for batch in take(source, 6, batch_size=8, max_broken=4):
         assert sorted(batch) == ["image", "label"]
         assert sorted(batch["label"]) == [0, 1, 6, 6, 6, 6, 6, 7]
         assert (batch["image"] == 9).all()
     assert messages_of(source, caplog) == [reason.format(source.name) for reason in REASONS]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_broken_image_is_reported_once_and_masked_in_evaluation(
-    caplog: pytest.LogCaptureFixture, num_workers: int
+def test_a_broken_image_is_reported_once_and_masked_in_every_evaluation_with_and_without_workers(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    source = broken_source(f"evaluation {num_workers}")
-    for _ in range(2):
+    source = broken_source("evaluation")
+    for num_workers in (0, 0, 2):
         batches = list(eval_batches(source, batch_size=5, image_size=8, num_workers=num_workers, max_broken=4))
         assert [sorted(batch) for batch in batches] == [["image", "label", "mask"]] * 2
         labels, mask = (np.concatenate([batch[name] for batch in batches]) for name in ("label", "mask"))
         np.testing.assert_array_equal(labels, [0, 1, 0, 0, 0, 0, 6, 7, 0, 0])
         np.testing.assert_array_equal(mask, [1, 1, 0, 0, 0, 0, 1, 1, 0, 0])
         assert not np.concatenate([batch["image"] for batch in batches])[~mask].any()
-    assert messages_of(source, caplog) == [reason.format(source.name) for reason in REASONS]
+        assert messages_of(source, caplog) == [reason.format(source.name) for reason in REASONS]
 
 
 class NamedExamples(list[dict[str, Any]]):
@@ -273,12 +220,12 @@ def test_a_source_of_broken_images_is_the_users_error() -> None:
         take(source, 1)
 
 
-@pytest.mark.parametrize("first_batch", [0, 3])
-def test_worker_processes_change_nothing(numbered_source: Source, first_batch: int) -> None:
-    arguments = {"first_batch": first_batch, "repeats": 3, "rand_augment": "rand-m9-mstd0.5-inc1", "rows": [1, 2]}
-    expected = take(numbered_source, 9, **arguments)
-    for num_workers in (1, 4):
-        np.testing.assert_equal(take(numbered_source, 9, num_workers=num_workers, **arguments), expected)
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_worker_processes_change_nothing(numbered_source: Source, num_workers: int) -> None:
+    arguments = {"first_batch": 3, "repeats": 3, "rand_augment": "rand-m9-mstd0.5-inc1", "rows": [1, 3]}
+    batches = take(numbered_source, 9, num_workers=num_workers, **arguments)
+    np.testing.assert_equal(batches, take(numbered_source, 9, **arguments))
+    assert all(type(array) is np.ndarray for batch in batches for array in batch.values())
 
 
 def test_an_image_is_repeated_side_by_side_and_cropped_anew(numbered_source: Source) -> None:

@@ -1,0 +1,126 @@
+"""Threads and worker processes that make batches ahead of their use, in an order that does not depend on them."""
+
+import itertools
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from sret_jax.errors import UserError
+
+# What a thread makes at a time. The rows among them that show the same image need it decoded only once.
+_CHUNK = 12
+
+# More than any run takes; Grain needs a length.
+_ENDLESS = 10**12
+
+# Where workers put their batches; Linux alone has it as a folder.
+_SHARED_MEMORY = "/dev/shm"
+
+
+class Example(NamedTuple):
+    """A row of a batch."""
+
+    image: np.ndarray
+    label: int
+    mask: bool  # False: there is no such example, or it is broken
+    broken: Sequence[tuple[int, str]] = ()  # index and reason of each broken image met on the way to this one
+
+
+def read_ahead(
+    load: Callable[[Sequence[int]], Sequence[Example]],
+    *,
+    batch_size: int,
+    rows: Sequence[int] | None,
+    first_batch: int = 0,
+    num_batches: int = _ENDLESS,
+    example_bytes: int,
+    num_threads: int,
+    num_workers: int,
+) -> grain.DatasetIterator:
+    """Batches, in their order, of what `load` returns for the positions of their rows.
+
+    Args:
+      load: from positions to examples; called in several threads at once, and in worker processes a copy of it. Row `r`
+        of batch `k` has position `k * batch_size + r`.
+      batch_size: rows of a batch, over all hosts.
+      rows: those that this host loads, in this order; None for all.
+      first_batch: number of the first batch to return.
+      num_batches: how many batches the caller takes, at most; the iterator may give a few more.
+      example_bytes: size of an example's image.
+      num_threads: threads in each process.
+      num_workers: worker processes; 0 for threads of this process alone.
+
+    Returns:
+      An iterator of `image`, `label`, `mask`, stacked, and `broken`, those of all rows, each once. To be closed.
+
+    Raises:
+      UserError: there is too little shared memory for the workers.
+    """
+    rows = range(batch_size) if rows is None else rows
+    chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+    turns = max(num_workers, 1)
+
+    def load_chunk(number: int) -> Sequence[Example]:
+        # Grain deals the numbers out to n workers in turn, and takes a batch from each in turn. So that these are the
+        # batches in their order, every n-th number has to stand for chunks of every n-th batch.
+        number_of_worker, worker = divmod(number, turns)
+        round_, chunk = divmod(number_of_worker, len(chunks))
+        first_row = (first_batch + round_ * turns + worker) * batch_size
+        return load([first_row + row for row in chunks[chunk]])
+
+    # Equally much for each worker: in the last round there may be batches beyond the last.
+    rounds = math.ceil(num_batches / turns)
+    # Threads make parts of batches: the first batch comes soon, and two batches are about all that a process keeps.
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * len(chunks), num_threads))
+    dataset = grain.MapDataset.range(rounds * turns * len(chunks)).map(load_chunk).to_iter_dataset(options)
+    dataset = dataset.batch(len(chunks), batch_fn=_stack)
+    if num_workers:
+        _check_shared_memory(num_workers * len(rows) * example_bytes)
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain asks for flags of its own, which only programs of absl have parsed
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_init_worker)
+    return iter(dataset)
+
+
+def _stack(chunks: Sequence[Sequence[Example]]) -> dict[str, Any]:
+    examples = list(itertools.chain.from_iterable(chunks))
+    return {
+        "image": np.stack([example.image for example in examples]),
+        "label": np.array([example.label for example in examples], np.int32),
+        "mask": np.array([example.mask for example in examples], np.bool_),
+        "broken": sorted({image for example in examples for image in example.broken}),
+    }
+
+
+def _check_shared_memory(bytes_in_turn: int) -> None:
+    """Refuse what would end in a bus error: a worker has a batch in hand, two in queues, one may be taken already."""
+    needed = 4 * bytes_in_turn
+    if os.path.isdir(_SHARED_MEMORY) and (free := shutil.disk_usage(_SHARED_MEMORY).free) < needed:
+        raise UserError(
+            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB left, but the worker processes need {needed / 1e6:.0f} MB of "
+            "it. Give the machine or the container more (Docker: --shm-size), or lower config.data.workers"
+        )
+
+
+def _init_worker(worker: int, workers: int) -> None:
+    """Leave signals to the parent, which may need another batch before it ends, but end when it is gone."""
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,98 @@
+"""Tests of sret_jax.data.read_ahead."""
+
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+import pytest
+
+from sret_jax.data.read_ahead import Example, read_ahead
+from sret_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def load() -> Callable[[Sequence[int]], list[Example]]:
+    """Examples whose label is their position; each third of them met two broken images."""
+
+    def load(positions: Sequence[int]) -> list[Example]:  # inside, so that workers need not import this module
+        return [
+            Example(np.full((2, 2, 3), p % 256, np.uint8), p, p % 2 == 0, [(p, "a"), (7, "b")] if p % 3 == 0 else [])
+            for p in positions
+        ]
+
+    return load
+
+
+def start(load: Callable[[Sequence[int]], list[Example]], **arguments: Any) -> grain.DatasetIterator:
+    arguments = {"batch_size": 40, "rows": None, "example_bytes": 12, "num_threads": 3, "num_workers": 0} | arguments
+    return read_ahead(load, **arguments)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_batches_come_in_order_with_the_rows_asked_for(
+    load: Callable[[Sequence[int]], list[Example]], num_workers: int
+) -> None:
+    rows = [3, 1, *range(10, 40)]  # three chunks, the last one shorter
+    batches = start(load, rows=rows, first_batch=5, num_workers=num_workers)
+    for k, batch in enumerate(itertools.islice(batches, 7)):
+        labels = (5 + k) * 40 + np.array(rows)
+        np.testing.assert_array_equal(batch["label"], labels)
+        np.testing.assert_array_equal(batch["image"], np.broadcast_to(labels[:, None, None, None] % 256, (32, 2, 2, 3)))
+        np.testing.assert_array_equal(batch["mask"], labels % 2 == 0)
+        assert batch["broken"] == [(7, "b"), *((label, "a") for label in labels[np.argsort(labels)] if label % 3 == 0)]
+    batches.close()
+
+
+def test_a_worker_ignores_the_signals_that_its_parent_handles_but_its_death_is_an_error(
+    load: Callable[[Sequence[int]], list[Example]],
+) -> None:
+    batches = start(load, num_workers=1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    os.kill(worker.pid, signal.SIGINT)
+    for k in range(1, 10):
+        assert next(batches)["label"][0] == 40 * k
+    worker.kill()
+    with pytest.raises(RuntimeError, match="Worker process was terminated"):
+        list(itertools.islice(batches, 9))
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_ends_when_its_parent_is_killed() -> None:
+    program = """if __name__ == "__main__":
+        import multiprocessing, os, signal
+        from sret_jax.data.pipeline import train_batches
+        from sret_jax.data.sources import open_source
+        source = open_source("synthetic", "train", image_size=8, length=8)
+        batches = train_batches(source, batch_size=8, image_size=8, seed=0, num_workers=1)
+        next(batches)
+        print(multiprocessing.active_children()[0].pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    parent = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert parent.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/{int(parent.stdout)}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{int(parent.stdout)}")
+
+
+def test_too_little_shared_memory_for_the_workers_is_the_users_error(
+    load: Callable[[Sequence[int]], list[Example]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=64_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    start(load, num_workers=2, batch_size=50, example_bytes=150_000)
+    with pytest.raises(UserError, match=r"has 64 MB left, but the worker processes need 72 MB.*--shm-size"):
+        start(load, num_workers=2, batch_size=60, example_bytes=150_000)
