@@ -39,11 +39,13 @@ class Source:
       examples: its images, still encoded, and their labels.
       num_classes: labels are in `range(num_classes)`.
       name: dataset and split, as messages show it.
+      class_names: in the order of the labels. Where a dataset has none, `open_source` gives their numbers.
     """
 
     examples: Examples
     num_classes: int
     name: str
+    class_names: tuple[str, ...] = ()
 
 
 def open_source(
@@ -77,7 +79,7 @@ def open_source(
     """
     if name == "synthetic":
         examples = _SyntheticExamples(split, length, image_size, num_classes)
-        return Source(examples, num_classes, f"{name} {split}")
+        return Source(examples, num_classes, f"{name} {split}", tuple(map(str, range(num_classes))))
     folder = os.path.expanduser(path or tfds_constants.DATA_DIR)
     if name == "digits":
         _write_digits_once(folder)
@@ -115,7 +117,7 @@ def _open_prepared(name: str, split: str, folder: str) -> Source:
             f"dataset {name!r} has no split {split!r}. Expected one of {sorted(builder.info.splits)} or a part of one, "
             "such as 'train[:99%]'"
         ) from error
-    return Source(examples, label.num_classes, f"{name} {split}")
+    return Source(examples, label.num_classes, f"{name} {split}", tuple(label.names))
 
 
 class _DigitsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
