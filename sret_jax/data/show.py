@@ -46,7 +46,7 @@ def training_sheet(config: ConfigDict) -> Image.Image:
     import jax
 
     from sret_jax.training.config import check_config
-    from sret_jax.training.loop import make_model, open_sources, training_batches
+    from sret_jax.training.build import make_model, open_sources, training_batches
     from sret_jax.training.step import step_keys
 
     check_config(config)

@@ -119,9 +119,9 @@ def initial_state(
 
 
 def training_batches(
-    config: ConfigDict, model: SReT, source: Source, first_step: int, rows: list[int]
+    config: ConfigDict, model: SReT, source: Source, first_step: int, rows: list[int] | None = None
 ) -> Iterator[Batch]:
-    """These rows of every training batch from `first_step` on."""
+    """Every training batch from `first_step` on, or these rows of each."""
     return train_batches(
         source,
         batch_size=config.batch_size,

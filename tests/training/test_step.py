@@ -49,7 +49,9 @@ class Trainer:
 
     def __init__(self, devices, fsdp=1):
         self.mesh = make_mesh({"data": -1, "fsdp": fsdp}, ROWS, jax.devices()[:devices])
-        self.optimizer = optax.inject_hyperparams(adamw, static_args="clip_norm")(LEARNING_RATE, weight_decay=0.05, eps=1e-8)
+        self.optimizer = optax.inject_hyperparams(adamw, static_args="clip_norm")(
+            LEARNING_RATE, weight_decay=0.05, eps=1e-8
+        )
         self.train_step = make_train_step(MODEL, self.optimizer, lambda _: LEARNING_RATE, AUGMENTATION, 0, self.mesh)
         self.eval_step = make_eval_step(MODEL, self.mesh)
         self.forward = jax.jit(MODEL.apply)
@@ -189,7 +191,7 @@ def assert_close(found, expected):
 def test_accumulation_averages_the_gradients_of_its_parts():
     mesh, optimizer, batch = one_device(), optax.sgd(1.0), random_batch(0)
     state = init_state(SMALL, optimizer, 0, mesh)
-    images, labels = np.asarray(normalize(batch["image"])), batch["label"]
+    images, labels = normalize(jnp.asarray(batch["image"])), jnp.asarray(batch["label"])
 
     def loss_fn(params, batch_stats, rows):
         variables = {"params": params, "batch_stats": batch_stats}
