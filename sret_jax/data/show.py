@@ -45,8 +45,8 @@ def training_sheet(config: ConfigDict) -> Image.Image:
     # The one place where `data` needs `training`, which knows how a config becomes batches.
     import jax
 
-    from sret_jax.training.config import check_config
     from sret_jax.training.build import make_model, open_sources, training_batches
+    from sret_jax.training.config import check_config
     from sret_jax.training.step import step_keys
 
     check_config(config)
