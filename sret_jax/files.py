@@ -82,9 +82,16 @@ def refused(path: epath.PathLike, error: Exception) -> UserError:
     )
 
 
-def seal(folder: Path) -> None:
-    """Add a file of checksums to a folder: Orbax notices missing and cut-short files, but not changed bytes."""
-    replace(folder / _SEAL, json.dumps(_checksums(folder)))
+def seal(folder: Path, *, only_folders: bool = False) -> None:
+    """Add a file of checksums to a folder: Orbax notices missing and cut-short files, but not changed bytes.
+
+    Args:
+      folder: that is complete.
+      only_folders: whether what lies beside its folders does not count: Orbax changes that when it gives a checkpoint
+        its name, and restores nothing from it.
+    """
+    sums = {name: sum_ for name, sum_ in _checksums(folder).items() if "/" in name or not only_folders}
+    replace(folder / _SEAL, json.dumps(sums))
 
 
 def is_sealed(folder: Path) -> bool:
@@ -106,7 +113,7 @@ def check_seal(folder: Path) -> None:
         expected = dict(json.loads(text))
     except (TypeError, ValueError) as error:
         raise DamagedError(f"{_SEAL} is not what was written") from error
-    for name in sorted(expected.keys() | found.keys()):
+    for name in sorted(expected.keys() | {name for name in found if "/" in name}):
         if name not in found:
             raise DamagedError(f"{name} is missing")
         if expected.get(name) != found[name]:
@@ -114,13 +121,10 @@ def check_seal(folder: Path) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file in the folders of a folder.
-
-    What lies beside them is Orbax's, which changes it when it gives the folder its name; nothing is restored from it.
-    """
+    """Size and CRC-32 of every file below a folder."""
     sums = {}
-    for file in sorted(folder.glob("*/**/*")):
-        if file.is_file():
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and not file.name.startswith(_SEAL):
             crc, size = 0, 0
             with file.open("rb") as content:
                 while block := content.read(1 << 20):

@@ -167,7 +167,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         (unnamed,) = self._folder.glob("*.orbax-checkpoint-tmp*")
-        seal(unnamed)
+        seal(unnamed, only_folders=True)
 
     def _reserve(self, size: int) -> None:
         with naming(self._workdir):

@@ -52,7 +52,7 @@ def convert(
       name: of the model; may be left out if the source says or decides it.
       fields: of the model that differ from the named one's, e.g. `{"image_size": 256}`.
       num_classes: that the head is to have, fresh if the source has others; the model's own by default.
-      ema: whether to take the weights' moving average from a file of PyTorch.
+      ema: whether to take the weights' moving average, from a file of PyTorch or a training run.
       reverse: whether to write the official layout of PyTorch, instead of ours.
       overwrite: whether a destination that exists is replaced.
       say: called with each line for a person.
@@ -76,9 +76,7 @@ def convert(
         name = name or _only_fitting(weights)
         stored = Stored(from_torch_weights(weights, create_model(name, **fields)))
     else:
-        if ema:
-            raise UserError(f"{os.fspath(source)} holds no moving average of weights: leave --ema out")
-        stored = read(source)
+        stored = read(source, ema=ema)
         say(f"read     {os.fspath(source)}: {len(jax.tree.leaves(stored.variables))} arrays")
     name, model = _model(stored, name, fields if num_classes is None else {**fields, "num_classes": num_classes})
     variables = adapt(stored.variables, model, fresh_head=num_classes is not None)

@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +91,7 @@ def load_variables(
         PyTorch, in any layout that `load_torch_weights` knows. It may be remote: `gs://…`, `s3://…`.
       model: what the variables are for. If its `image_size` is another, the position embedding is resized, with a
         `UserWarning`. Not given, they are as they were stored.
-      ema: whether to take the weights' moving average from a file of PyTorch, instead of the weights.
+      ema: whether to take the weights' moving average, of a file of PyTorch or a training run, instead of the weights.
       fresh_head: whether a head of another number of classes is replaced by a fresh one, with a `UserWarning`.
 
     Returns:
@@ -102,10 +102,8 @@ def load_variables(
     """
     if holds_torch(path):
         variables = from_torch_weights(load_torch_weights(path, ema=ema), model)
-    elif ema:
-        raise UserError(f"{os.fspath(path)} holds no moving average of weights: load it without ema")
     else:
-        variables = read(path).variables
+        variables = read(path, ema=ema).variables
     if model is not None:
         variables = adapt(variables, model, fresh_head=fresh_head)
     return jax.device_put(variables)
@@ -141,15 +139,23 @@ def from_torch_weights(weights: TorchWeights, model: SReT | None = None) -> dict
         raise UserError(f"{weights.path}: {error}{hint}") from error
 
 
-def read(path: epath.PathLike) -> Stored:
+def read(path: epath.PathLike, *, ema: bool = False) -> Stored:
     """What `save_variables` or a training run stored; a `UserWarning` names weights that are not finite.
+
+    Args:
+      path: of a folder or `.safetensors` file.
+      ema: whether to take the moving average, which only training runs hold.
 
     Raises:
       UserError: there is none, or it is damaged.
     """
     with local_copy(path) as local:
         try:
-            stored = _read_safetensors(local) if _is_safetensors(path) else _read_folder(local)
+            stored = _read_safetensors(local) if _is_safetensors(path) else _read_folder(local, ema=ema)
+            if ema and stored.variables.keys() == {"ema"}:
+                stored = stored._replace(variables=stored.variables["ema"])
+            elif ema:
+                raise UserError(f"{os.fspath(path)} holds no moving average of weights: load it without ema (--ema)")
         except DamagedError as error:
             raise UserError(f"{local} is damaged ({error}): convert it again, or take another") from error
     _warn_of_non_finite(flatten_dict(stored.variables, sep="/").items())
@@ -208,14 +214,15 @@ def _write_folder(path: Path, arrays: Mapping[str, Any], kept: dict[str, str]) -
         seal(path)
 
 
-def _read_folder(path: Path) -> Stored:
+def _read_folder(path: Path, *, ema: bool) -> Stored:
     """A folder that `save_variables` wrote, a checkpoint of a training run, or its workdir."""
     if (path / "checkpoints").is_dir():
-        return _read_workdir(path)
+        return _read_workdir(path, ema=ema)
     if (path / "state").is_dir():
-        if is_sealed(path):  # else the run was killed when it had just been completed
-            check_seal(path)
-        return Stored(_restore(path / "state"))
+        if not is_sealed(path):
+            raise DamagedError("it has no checksums")
+        check_seal(path)
+        return Stored(_restore(path / "state", ("ema",) if ema else ("params", "batch_stats")))
     if (path / "variables").is_dir():
         if not is_sealed(path):
             raise DamagedError("it was not written to its end")
@@ -225,13 +232,13 @@ def _read_folder(path: Path) -> Stored:
     raise UserError(f"{path} holds no variables: expected a converted folder, or the workdir of a training run")
 
 
-def _read_workdir(path: Path) -> Stored:
+def _read_workdir(path: Path, *, ema: bool) -> Stored:
     steps = [step for step in (path / "checkpoints").iterdir() if step.name.isdigit()]
     if not steps:
         raise UserError(f"{path} has no checkpoint yet: wait for the first one")
     latest, *older = sorted(steps, key=lambda step: int(step.name), reverse=True)
     try:
-        variables = _read_folder(latest).variables
+        variables = _read_folder(latest, ema=ema).variables
     except DamagedError as error:
         others = f"; the one before is {older[0]}" if older else ""
         raise UserError(f"{latest} is damaged ({error}){others}") from error
@@ -254,8 +261,8 @@ def _model_and_name(kept: Mapping[str, str]) -> tuple[SReT | None, str]:
         raise DamagedError(f"what it says of its model is not understood: {error}") from error
 
 
-def _restore(folder: Path) -> dict[str, Any]:
-    """The parameters and statistics in what Orbax wrote, whatever else is there; no device is needed."""
+def _restore(folder: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """What Orbax wrote, or those of these parts that are there; no device is needed."""
     import orbax.checkpoint as ocp
 
     with naming_orbax(folder):
@@ -264,7 +271,7 @@ def _restore(folder: Path) -> dict[str, Any]:
             tree = {
                 name: part
                 for name, part in handler.metadata(folder.absolute()).tree.items()
-                if name in ("params", "batch_stats") or folder.name == "variables"
+                if part is not None and (names is None or name in names)
             }
             numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             args = ocp.args.PyTreeRestore(item=tree, restore_args=numpy, partial_restore=True)

@@ -111,7 +111,7 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
 
 
 def test_a_save_that_fails_in_the_background_is_an_error_and_leaves_what_was_there(workdir, monkeypatch):
-    def full(folder):
+    def full(folder, *, only_folders):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sret_jax.training.checkpoints.seal", full)

@@ -16,6 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from sret_jax import load_variables
+
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, EPOCH_STEPS = 33, 11  # of tiny_run.py
 
@@ -71,9 +73,10 @@ def assert_equal_bit_for_bit(workdir, other):
 
 
 def records(workdir):
-    """What does not depend on the machine's speed."""
+    """What does not depend on the machine's speed or on where a run was interrupted."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    machine = ("seconds", "images_per_second", "step_seconds", "data_seconds", "host_memory_bytes")
+    return [{k: v for k, v in line.items() if k not in machine} for line in lines]
 
 
 def kill_when(process, happened):
@@ -189,6 +192,80 @@ def test_a_run_on_a_mesh_of_eight_devices_has_the_same_losses(train, undisturbed
     np.testing.assert_allclose(losses[0], expected[0], rtol=1e-5)
 
 
+def test_told_to_end_a_run_saves_its_last_step_and_goes_on_from_there(environment, train, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(workdir), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (workdir / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    while time.monotonic() < deadline and len(records(workdir)) < 2:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 143, error
+    step = records(workdir)[-1]["step"]
+    assert f"told to end: step {step} is saved" in output
+    assert f"ended after step {step}" in error and "Traceback" not in error
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+    result = train(workdir)
+    assert f"{step} steps done before" in result.stdout
+    assert_equal_bit_for_bit(workdir, undisturbed[0])
+
+
+@pytest.fixture(scope="module")
+def averaged(train, tmp_path_factory):
+    """A run with a moving average, checkpoints within epochs, accumulation and worker processes."""
+    workdir = tmp_path_factory.mktemp("averaged") / "run"
+    flags = ("--config.ema_decay=0.9", "--config.accumulation=2", "--config.checkpoint.every_steps=4")
+    result = train(workdir, *flags, "--config.data.workers=2", "--config.epochs=2", "--config.data.repeats=3")
+    assert result.returncode == 0, result.stderr
+    return workdir, result.stdout
+
+
+def evaluations(workdir):
+    return [record for record in records(workdir) if record["kind"] == "evaluation"]
+
+
+def test_the_moving_average_is_evaluated_beside_the_weights(averaged):
+    workdir, output = averaged
+    last = evaluations(workdir)[-1]
+    assert last["ema_accuracy"] != last["accuracy"] and last["ema_loss"] != last["loss"]
+    assert f"of the moving average {100 * last['ema_accuracy']:.2f} %" in output
+
+
+@pytest.mark.parametrize(("flag", "prefix"), [("--config.init_ema=False", ""), ("--config.init_ema=True", "ema_")])
+def test_evaluating_a_run_gives_what_its_last_evaluation_gave(train, averaged, tmp_path, flag, prefix):
+    workdir, _ = averaged
+    last = evaluations(workdir)[-1]
+    for flags in ((), (f"--config.init_from={workdir}",)):
+        where = tmp_path / "unused" if flags else workdir
+        result = train(where, "--config.mode=eval", "--config.batch_size=48", flag, *flags)
+        assert result.returncode == 0, result.stderr
+        assert f"test accuracy  {100 * last[prefix + 'accuracy']:.2f} %" in result.stdout
+        assert f"loss           {last[prefix + 'loss']:.4f}" in result.stdout
+        assert "digits test: 360" in result.stdout
+    assert not (tmp_path / "unused").exists()
+
+
+def test_fine_tuning_starts_from_other_weights_with_the_position_embedding_resized(train, averaged, tmp_path):
+    workdir, _ = averaged
+    flags = (f"--config.init_from={workdir}", "--config.model.image_size=64", "--config.epochs=1")
+    frozen = ("--config.optimizer.learning_rate=0.0", "--config.optimizer.schedule=constant")
+    result = train(tmp_path / "run", *flags, *frozen, "--config.batch_size=1437")
+    assert result.returncode == 0, result.stderr
+    assert "the position embedding was resized from 32 to 64 pixels" in result.stdout
+    variables, before = (load_variables(path)["params"] for path in (tmp_path / "run", workdir))
+    assert variables.pop("pos_embed").shape == (8, 8, 8) and before.pop("pos_embed").shape == (4, 4, 8)
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
+
+
+def test_weights_that_do_not_exist_are_named(train, tmp_path):
+    assert "nowhere.pth" in error_of(train(tmp_path / "run", "--config.init_from=nowhere.pth"))
+    assert "nowhere.pth" in error_of(train(tmp_path, "--config.mode=eval", "--config.init_from=nowhere.pth"))
+
+
 def test_sret_ts_recipe_runs_on_synthetic_images(train, tmp_path):
     # All of it but the size: bfloat16, flips, erasing, mixup, cutmix, stochastic depth, ImageNet's classes.
     result = train(
@@ -215,9 +292,10 @@ def error_of(result):
 
 
 def test_a_run_that_diverges_stops_with_the_step(train, tmp_path):
-    # The first step has a rate of zero, the second does the damage, the third shows it.
-    error = error_of(train(tmp_path / "run", "--config.optimizer.learning_rate=1e30"))
-    assert "training diverged at step 3:" in error
+    # The first step has a rate of zero, the second does the damage, which the following ones show.
+    flags = ("--config.optimizer.learning_rate=1e30", "--config.max_skipped_steps=3")
+    error = error_of(train(tmp_path / "run", *flags))
+    assert "training diverged: step 5 was skipped, as were the 2 before it:" in error
     assert "there is no checkpoint before it" in error
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
@@ -226,7 +304,7 @@ def test_a_run_that_diverges_in_an_epochs_last_step_saves_no_checkpoint_of_it(tr
     # One step, whose loss is still finite; the parameters that it leaves are not.
     flags = ("--config.epochs=1", "--config.batch_size=1437", "--config.optimizer.learning_rate=1e38")
     error = error_of(train(tmp_path / "run", *flags, "--config.optimizer.warmup_epochs=0.0"))
-    assert "training diverged at step 1:" in error
+    assert "training diverged: the evaluation after step 1 is not finite:" in error
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -261,6 +339,10 @@ def test_the_workdir_of_another_config_is_refused_with_what_differs(train, undis
         (["--config.data.train_split=trian"], "no split 'trian'"),
         (["--config.data.crop_area=(0.5,)"], "config.data.crop_area is (0.5,), expected (low, high)"),
         (["--config.mesh.data=3"], "there are 1 devices"),
+        (["--config.accumulation=3"], "cannot share so many parts"),
+        (["--config.mode=evaluate"], "expected 'train' or 'eval'"),
+        (["--config.distributed.processes=2"], "Expected all of coordinator"),
+        (["--config.data.rand_augment=rand-x9"], "rand-x9"),
         (["--config.augment.flip=2.0"], "config.augment.flip is 2.0"),
         (["--unknown=1"], "Unknown command line flag 'unknown'"),
         (["stray"], "unknown arguments stray"),

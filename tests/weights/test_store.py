@@ -211,9 +211,11 @@ def workdir(variables, tmp_path_factory):
             )
             state = TrainState(
                 step=jnp.int32(step),
+                skipped=jnp.int32(0),
                 params=params,
                 batch_stats=variables["batch_stats"],
                 opt_state=optax.adamw(1e-3).init(params),
+                ema={"params": jax.tree.map(lambda leaf: 3 * leaf, params), "batch_stats": variables["batch_stats"]},
             )
             state = jax.device_put(state, replicated(make_mesh({"data": -1}, 8)))
             checkpoints.save(step, state, {"accuracy": 0.5})
@@ -230,6 +232,13 @@ def test_a_workdir_gives_its_last_checkpoint_and_its_model(workdir, variables) -
 def test_a_single_checkpoint_of_a_run_can_be_given(workdir, variables) -> None:
     loaded = sret_jax.load_variables(workdir / "checkpoints" / "11")
     np.testing.assert_array_equal(loaded["params"]["pos_embed"], 2 * variables["params"]["pos_embed"])
+
+
+def test_the_moving_average_of_a_run_is_given_on_request(workdir, variables) -> None:
+    for path in (workdir, workdir / "checkpoints" / "22"):
+        averaged = sret_jax.load_variables(path, MODEL, ema=True)
+        np.testing.assert_array_equal(averaged["params"]["pos_embed"], 3 * variables["params"]["pos_embed"])
+        assert_same_bits(averaged["batch_stats"], variables["batch_stats"])
 
 
 def test_a_damaged_last_checkpoint_is_refused_and_the_one_before_named(workdir, tmp_path) -> None:
