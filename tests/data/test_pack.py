@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -182,9 +183,8 @@ pack(sys.argv[1], sys.argv[2], name="small", workers=2)
 @pytest.mark.usefixtures("small_shards")
 def test_a_killed_worker_is_the_users_error(stuck_folder: Path, tmp_path: Path) -> None:
     def kill_workers(*_: int) -> None:
-        for child in psutil.Process().children():
-            if "spawn_main" in " ".join(child.cmdline()):
-                child.kill()
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
     with pytest.raises(UserError, match=r"a worker process was killed.*with fewer workers"):
         pack(str(stuck_folder), str(tmp_path), name="small", workers=2, advance=kill_workers)
