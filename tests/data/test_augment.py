@@ -1,5 +1,8 @@
 """Tests of sret_jax.data.augment."""
 
+import functools
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,16 @@ import pytest
 from scipy import stats
 
 from sret_jax.data.augment import Augmentation, mixup_cutmix, normalize, random_erasing, random_flip
+from sret_jax.data.pipeline import random_crop_box
+
+DRAWS = 10_000  # over which distributions are compared with their closed forms
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +33,24 @@ def images() -> np.ndarray:
 def targets() -> np.ndarray:
     """Random distributions over 10 classes."""
     return np.random.default_rng(1).dirichlet(np.ones(10), 64).astype(np.float32)
+
+
+def test_crops_of_the_published_ranges_are_uniform_in_place_and_in_area_and_log_aspect_where_a_box_fits() -> None:
+    rng, (width, height) = np.random.default_rng(0), (4000, 3000)
+    left, top, right, bottom = np.array([random_crop_box(width, height, rng) for _ in range(DRAWS)]).T
+    areas, aspects = (right - left) * (bottom - top) / (width * height), (right - left) / (bottom - top)
+    # Of the aspects in 3/4 to 4/3, those of at least the area times 4/3 fit: from an area of 9/16 on, not all.
+    grid = np.linspace(0.08, 1, 10_001)
+    fitting = np.minimum(2 * np.log(4 / 3), -np.log(grid))
+    cumulated = np.append(0, np.cumsum((fitting[1:] + fitting[:-1]) / 2))
+    assert stats.kstest(areas, lambda area: np.interp(area, grid, cumulated / cumulated[-1])).pvalue > 0.001
+    uniform = stats.uniform(np.log(3 / 4), 2 * np.log(4 / 3))
+    assert stats.kstest(np.log(aspects[areas < 0.56]), uniform.cdf).pvalue > 0.001
+    for places in [
+        (left + rng.uniform(size=DRAWS)) / (width - (right - left) + 1),
+        (top + rng.uniform(size=DRAWS)) / (height - (bottom - top) + 1),
+    ]:
+        assert stats.kstest(places, "uniform").pvalue > 0.001
 
 
 def test_normalize_subtracts_imagenets_mean_and_divides_by_its_deviation() -> None:
@@ -52,20 +83,21 @@ def test_random_flip_mirrors_with_the_probability_given(probability: float) -> N
 jitted_mixup_cutmix = jax.jit(mixup_cutmix, static_argnums=(3, 4))
 
 
-def erase(count: int, height: int, width: int, probability: float) -> tuple[np.ndarray, np.ndarray]:
+jitted_random_erasing = jax.jit(random_erasing)
+
+
+@functools.cache
+def erase(count: int, height: int, width: int, channels: int, probability: float) -> tuple[np.ndarray, np.ndarray]:
     """Erased images of a constant and which of their pixels have changed: bool (count, height, width)."""
-    erased = np.asarray(
-        jax.jit(random_erasing, static_argnums=2)(
-            jax.random.key(2), jnp.full((count, height, width, 3), 7.0), probability
-        )
-    )
+    images = jnp.full((count, height, width, channels), 7.0)
+    erased = np.asarray(jitted_random_erasing(jax.random.key(2), images, probability))
     changed = erased != 7
     np.testing.assert_array_equal(changed.any(axis=-1), changed.all(axis=-1))
     return erased, changed.any(axis=-1)
 
 
 def test_random_erasing_changes_one_rectangle_of_a_size_in_the_ranges() -> None:
-    _, changed = erase(1000, 60, 80, probability=1.0)
+    _, changed = erase(1000, 60, 80, 3, probability=1.0)
     heights, widths = changed.any(axis=2).sum(axis=1), changed.any(axis=1).sum(axis=1)
     # A set of pixels that is as large as the product of its projections, which are runs, is a rectangle.
     np.testing.assert_array_equal(changed.sum(axis=(1, 2)), heights * widths)
@@ -78,24 +110,30 @@ def test_random_erasing_changes_one_rectangle_of_a_size_in_the_ranges() -> None:
         assert border.any(), "no rectangle reaches this border"
 
 
-def test_random_erasing_is_uniform_in_area_and_place_and_log_uniform_in_aspect() -> None:
-    _, changed = erase(800, 120, 120, probability=1.0)
+def test_random_erasing_is_uniform_in_place_and_in_area_and_log_aspect_where_a_rectangle_fits() -> None:
+    size = 48
+    _, changed = erase(DRAWS, size, size, 1, probability=1.0)
     heights, widths = changed.any(axis=2).sum(axis=1), changed.any(axis=1).sum(axis=1)
     tops, lefts = changed.any(axis=2).argmax(axis=1), changed.any(axis=1).argmax(axis=1)
-    areas = heights * widths / 120**2
-    small = areas < 0.25  # These fit at any aspect, 0.25 * 3.3 < 1; of larger ones, some are drawn again.
-    uniforms = [
-        (areas[small] - 0.02) / (0.25 - 0.02),
-        (np.log(heights[small] / widths[small]) - np.log(0.3)) / (np.log(3.3) - np.log(0.3)),
-        (tops + 0.5) / (120 - heights + 1),
-        (lefts + 0.5) / (120 - widths + 1),
-    ]
-    for values in uniforms:
-        assert stats.kstest(values, "uniform").pvalue > 0.001
+    rng = np.random.default_rng(0)
+    for start, length in [(tops, heights), (lefts, widths)]:
+        places = (start + rng.uniform(size=DRAWS)) / (size - length + 1)
+        assert stats.kstest(places, "uniform").pvalue > 0.001
+
+    # Lengths were rounded: what was lost is uniform.
+    heights, widths = (length + rng.uniform(-0.5, 0.5, DRAWS) for length in (heights, widths))
+    areas, log_aspects = heights * widths / size**2, np.log(heights / widths)
+    # Of the aspects in 0.3 to 3.3, those between the area and its inverse fit.
+    grid = np.linspace(0.02, 1 / 3, 10_001)
+    fitting = np.minimum(np.log(3.3), -np.log(grid)) - np.maximum(np.log(0.3), np.log(grid))
+    cumulated = np.append(0, np.cumsum((fitting[1:] + fitting[:-1]) / 2))
+    assert stats.kstest(areas, lambda area: np.interp(area, grid, cumulated / cumulated[-1])).pvalue > 0.001
+    uniform = stats.uniform(np.log(0.3), np.log(3.3) - np.log(0.3))
+    assert stats.kstest(log_aspects[areas < 0.28], uniform.cdf).pvalue > 0.001
 
 
 def test_random_erasing_fills_with_independent_normal_noise() -> None:
-    erased, changed = erase(200, 60, 80, probability=1.0)
+    erased, changed = erase(1000, 60, 80, 3, probability=1.0)
     noise = erased[changed]
     assert stats.kstest(noise[:20_000].ravel(), "norm").pvalue > 0.001
     np.testing.assert_allclose(np.corrcoef(noise.T), np.eye(3), atol=0.01)
@@ -103,14 +141,14 @@ def test_random_erasing_fills_with_independent_normal_noise() -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
 def test_random_erasing_erases_with_the_probability_given(probability: float) -> None:
-    _, changed = erase(2000, 20, 20, probability)
+    _, changed = erase(DRAWS, 12, 12, 1, probability)
     count = int(changed.any(axis=(1, 2)).sum())
-    assert stats.binomtest(count, 2000, probability).pvalue > 0.001
+    assert stats.binomtest(count, DRAWS, probability).pvalue > 0.001
 
 
 def test_random_erasing_tries_again_where_a_rectangle_does_not_fit() -> None:
     # In an image 12 times as wide as high, a rectangle of a third fits only at few aspects: one draw in three or so.
-    _, changed = erase(500, 20, 240, probability=1.0)
+    _, changed = erase(500, 20, 240, 1, probability=1.0)
     heights, widths = changed.any(axis=2).sum(axis=1), changed.any(axis=1).sum(axis=1)
     assert heights.max() == 19
     assert (heights > 0).mean() > 0.9
@@ -153,41 +191,92 @@ def test_cutmix_puts_a_box_of_the_reversed_batch_and_weighs_by_true_area(
     np.testing.assert_allclose(mixed_targets.sum(axis=1), 1, rtol=1e-5)
 
 
-def mixing_weights(mixup_alpha: float, cutmix_alpha: float, size: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    """Over 1000 draws for an image of ones and one of zeros: the first one's target weight, and its pixels."""
-    pair = jnp.stack([jnp.ones((size, size, 1)), jnp.zeros((size, size, 1))])
+MIXED_SIZE = 32
+
+
+def mix_ones_with_zeros(mixup_alpha: float, cutmix_alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """10,000 draws of an image of ones mixed with one of zeros: its pixels, and the targets of both, one-hot before."""
+    pair = jnp.stack([jnp.ones((MIXED_SIZE, MIXED_SIZE, 1)), jnp.zeros((MIXED_SIZE, MIXED_SIZE, 1))])
     mix = jax.vmap(lambda key: mixup_cutmix(key, pair, jnp.eye(2), mixup_alpha, cutmix_alpha))
-    mixed_images, mixed_targets = mix(jax.random.split(jax.random.key(3), 1000))
-    return np.asarray(mixed_targets[:, 0, 0]), np.asarray(mixed_images[:, 0, :, :, 0])
+    mixed_images, mixed_targets = mix(jax.random.split(jax.random.key(3), DRAWS))
+    return np.asarray(mixed_images[:, 0, :, :, 0]), np.asarray(mixed_targets)
 
 
-@pytest.mark.parametrize("alpha", [0.8, 1.0, 3.0])
-def test_mixups_weight_is_beta_distributed(alpha: float) -> None:
-    weights, _ = mixing_weights(alpha, 0.0)
-    assert stats.kstest(weights, stats.beta(alpha, alpha).cdf).pvalue > 0.001
+@pytest.fixture(scope="module")
+def published_mix() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels and targets with the published alphas, 0.8 and 1.0, and in which of the draws mixup was used."""
+    pixels, mixed_targets = mix_ones_with_zeros(0.8, 1.0)
+    return pixels, mixed_targets, ((pixels > 0) & (pixels < 1)).any(axis=(1, 2))
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_cutmix_draws_its_box_as_timm_does(alpha: float) -> None:
-    weights, pixels = mixing_weights(0.0, alpha)
-    rng, expected = np.random.default_rng(0), []
-    for weight in rng.beta(alpha, alpha, size=4000):
-        half = int(40 * np.sqrt(1 - weight)) // 2
-        y, x = rng.integers(40, size=2)
-        rows, columns = (np.clip(c + half, 0, 40) - np.clip(c - half, 0, 40) for c in (y, x))
-        expected.append(1 - rows * columns / 1600)
-    assert stats.ks_2samp(weights, expected).pvalue > 0.001
+def kept_by_cutmix(alpha: float) -> np.ndarray:
+    """Probability of each number of pixels, 0 to `MIXED_SIZE`², that cutmix leaves of an image; exact, by counting."""
+    half_sides, centres = np.arange(MIXED_SIZE // 2 + 1), np.arange(MIXED_SIZE)
+    # The side is sqrt(1 - w) of the image's, and 1 - w is as Beta distributed as w.
+    edges = np.minimum(2 * np.append(half_sides, half_sides[-1] + 1) / MIXED_SIZE, 1)
+    half_side_probabilities = np.diff(stats.beta(alpha, alpha).cdf(edges**2))
+    probabilities = np.zeros(MIXED_SIZE**2 + 1)
+    for half_side, probability in zip(half_sides, half_side_probabilities, strict=True):
+        covered = np.minimum(centres + half_side, MIXED_SIZE) - np.maximum(centres - half_side, 0)
+        kept = MIXED_SIZE**2 - np.outer(covered, covered)
+        probabilities += np.bincount(kept.ravel(), minlength=len(probabilities)) / MIXED_SIZE**2 * probability
+    return probabilities
+
+
+def assert_kept_as_computed(pixels: np.ndarray, alpha: float) -> None:
+    probabilities = kept_by_cutmix(alpha)
+    twentieths = np.minimum(np.cumsum(probabilities) * 20, 19.9).astype(int)
+    kept = np.bincount(twentieths[pixels.sum(axis=(1, 2)).astype(int)], minlength=20)
+    expected = np.bincount(twentieths, weights=probabilities, minlength=20) * len(pixels)
+    assert stats.chisquare(kept, expected).pvalue > 0.001
+
+
+def test_either_mixup_or_cutmix_is_used_with_equal_probability(
+    published_mix: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    _, _, is_mixup = published_mix
+    assert stats.binomtest(int(is_mixup.sum()), DRAWS, 0.5).pvalue > 0.001
+
+
+def test_mixups_published_weight_is_beta_distributed(
+    published_mix: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    pixels, mixed_targets, is_mixup = published_mix
+    weights = mixed_targets[is_mixup, 0, 0]
+    assert stats.kstest(weights, stats.beta(0.8, 0.8).cdf).pvalue > 0.001
+    np.testing.assert_allclose(pixels[is_mixup], np.broadcast_to(weights[:, None, None], pixels[is_mixup].shape))
+
+
+def test_cutmixs_published_weight_is_the_area_left_by_a_box_that_may_cross_the_border(
+    published_mix: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    pixels, mixed_targets, is_mixup = published_mix
+    pixels, weights = pixels[~is_mixup], mixed_targets[~is_mixup, 0, 0]
+    assert_kept_as_computed(pixels, alpha=1.0)
     np.testing.assert_allclose(weights, pixels.mean(axis=(1, 2)), rtol=1e-6)
     # The centre is uniform: over many draws, the picture of what is replaced is symmetric.
     replaced = 1 - pixels.mean(axis=0)
-    np.testing.assert_allclose(replaced, replaced[::-1], atol=0.1)
-    np.testing.assert_allclose(replaced, replaced.T, atol=0.1)
+    np.testing.assert_allclose(replaced, replaced[::-1], atol=0.05)
+    np.testing.assert_allclose(replaced, replaced.T, atol=0.05)
 
 
-def test_either_mixup_or_cutmix_is_used_with_equal_probability() -> None:
-    _, pixels = mixing_weights(0.8, 1.0)
-    is_mixup = ((pixels > 0) & (pixels < 1)).any(axis=(1, 2))
-    assert stats.binomtest(int(is_mixup.sum()), 1000, 0.5).pvalue > 0.001
+def test_mixed_labels_sum_to_one_and_are_each_others_reverse(
+    published_mix: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    _, mixed_targets, _ = published_mix
+    assert mixed_targets.min() >= 0
+    np.testing.assert_allclose(mixed_targets.sum(axis=2), 1, rtol=1e-6)
+    np.testing.assert_array_equal(mixed_targets, mixed_targets[:, ::-1, ::-1])
+
+
+def test_mixups_weight_is_beta_distributed_for_another_alpha() -> None:
+    _, mixed_targets = mix_ones_with_zeros(3.0, 0.0)
+    assert stats.kstest(mixed_targets[:, 0, 0], stats.beta(3, 3).cdf).pvalue > 0.001
+
+
+def test_cutmixs_box_is_as_computed_for_another_alpha() -> None:
+    pixels, _ = mix_ones_with_zeros(0.0, 0.5)
+    assert_kept_as_computed(pixels, alpha=0.5)
 
 
 def test_each_augmentation_is_wired_to_its_setting() -> None:
