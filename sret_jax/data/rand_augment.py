@@ -10,6 +10,11 @@ colour, `PosterizeIncreasing` at magnitude 10. Older releases return black, and 
 
 timm mirrors an image before these operations, here that happens after them, on the device. For all but `ShearY` the
 order does not matter, because signs are random; that one leaves the left edge in place, and so, mirrored, the right.
+
+It runs on the host because interpolation at arbitrary places suits no TPU: for v5e, the compiler's own estimate of a
+rough version was 1.0 M cycles an image, about as long as SReT-T's whole train step takes to move its bytes. Here it is
+1.0 ms on one core for an image of 224 × 224, five sixths of it for bicubic rotation, shear and translation (2.0 to
+2.8 ms each); reading and cropping a JPEG of 500 × 375 with Pillow takes 2.6 ms.
 """
 
 import dataclasses
