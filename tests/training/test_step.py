@@ -97,9 +97,7 @@ def two_by_four():
 
 def test_parameters_and_moments_stay_split_over_fsdp(two_by_four):
     _, state = run(two_by_four, 1e-3)
-    kernels = [
-        leaf for path, leaf in jax.tree.leaves_with_path(state) if "['stages_2']" in str(path) and leaf.size > 1e3
-    ]
+    kernels = [leaf for path, leaf in jax.tree.leaves_with_path(state) if "'stages_2'" in str(path) and leaf.size > 1e3]
     assert len(kernels) >= 9  # at least qkv and the MLP's two: parameter, first and second moment
     assert all(kernel.addressable_shards[0].data.size == kernel.size // 4 for kernel in kernels)
 
