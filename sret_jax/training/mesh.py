@@ -1,6 +1,6 @@
 """The named mesh of devices, and how arrays lie on it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,29 +12,30 @@ from sret_jax.errors import UserError
 BATCH_AXIS = "data"
 
 
-def make_mesh(axes: Mapping[str, int], batch_size: int) -> Mesh:
+def make_mesh(axes: Mapping[str, int], batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices, of all hosts.
 
     Args:
       axes: the size of the axis "data", over which a batch is split; -1 is the number of devices.
       batch_size: images in a step, over all devices.
+      devices: those of the mesh; None takes all that JAX finds.
 
     Raises:
       UserError: unknown axes, a size that is not the number of devices, or a batch that the devices cannot share.
     """
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if set(axes) != {BATCH_AXIS}:
         raise UserError(f"the mesh has the axes {sorted(axes)}, expected {BATCH_AXIS!r}: set config.mesh.data")
-    size = devices if axes[BATCH_AXIS] == -1 else axes[BATCH_AXIS]
-    if size != devices:
-        raise UserError(f"config.mesh.data is {size}, but there are {devices} devices: set it to -1 or {devices}")
-    if batch_size % devices:
-        nearest = sorted({max(batch_size // devices, 1) * devices, -(-batch_size // devices) * devices})
+    size = count if axes[BATCH_AXIS] == -1 else axes[BATCH_AXIS]
+    if size != count:
+        raise UserError(f"config.mesh.data is {size}, but there are {count} devices: set it to -1 or {count}")
+    if batch_size % count:
+        nearest = sorted({max(batch_size // count, 1) * count, -(-batch_size // count) * count})
         raise UserError(
-            f"the batch size is {batch_size}, which {devices} devices cannot share equally: choose "
+            f"the batch size is {batch_size}, which {count} devices cannot share equally: choose "
             f"{' or '.join(map(str, nearest))}"
         )
-    return jax.make_mesh((size,), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((size,), (BATCH_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
