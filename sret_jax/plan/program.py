@@ -149,6 +149,18 @@ def least_seconds(program: Program, target: Target) -> Bounds | None:
     )
 
 
+def guess_largest_batch(program: Program, target: Target) -> int | None:
+    """About the largest batch that fits, if temporaries grow in proportion to it; None if nothing says what fits.
+
+    Rather less than the truth: a part of the temporaries does not grow.
+    """
+    if target.memory_bytes is None:
+        return None
+    memory, devices = program.memory, len(target.devices)
+    left = target.memory_bytes - (memory.total - memory.temporaries)
+    return program.batch_size * left // memory.temporaries // devices * devices
+
+
 def find_largest_batch(
     needed: Callable[[int], int | None], available: int, start: int, devices: int
 ) -> tuple[int | None, int]:

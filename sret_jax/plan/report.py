@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from sret_jax.models.zoo import create_model
 from sret_jax.plan.devices import Target
-from sret_jax.plan.program import Bounds, Program
+from sret_jax.plan.program import Bounds, Program, guess_largest_batch
 
 Facts = dict[str, Any]
 
@@ -42,6 +42,7 @@ def plan_facts(
         "memory_bytes": program.memory.total,
         "bounds": bounds and {**dataclasses.asdict(bounds), "step": bounds.step, "bound_by": bounds.bound_by},
         "run_seconds": bounds and bounds.step * steps,
+        "guessed_largest_batch": guess_largest_batch(program, target),
         "largest_batch": largest_batch and {"fits": largest_batch[0], "does_not_fit": largest_batch[1]},
         "versions": {name: version for name in packages if (version := _version(name))},
     }
@@ -75,9 +76,11 @@ def plan_text(facts: Facts) -> str:
         "",
         *_bounds_lines(facts),
     ]
-    if facts["largest_batch"]:
-        fits, too_large = facts["largest_batch"]["fits"], facts["largest_batch"]["does_not_fit"]
-        lines += ["", f"largest batch that fits: {f'{fits:,}' if fits else 'none'}; {too_large:,} does not"]
+    if found := facts["largest_batch"]:
+        fits = f"{found['fits']:,}" if found["fits"] else "none"
+        lines += ["", f"largest batch that fits: {fits}; {found['does_not_fit']:,} does not"]
+    elif guess := facts["guessed_largest_batch"]:
+        lines += ["", f"largest batch that fits: about {guess:,} or more; --largest_batch finds it by compiling"]
     return "\n".join(lines)
 
 

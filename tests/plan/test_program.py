@@ -13,6 +13,7 @@ from sret_jax.plan.program import (
     TooLargeError,
     compile_step,
     find_largest_batch,
+    guess_largest_batch,
     least_seconds,
 )
 from sret_jax.training.config import base_config
@@ -157,6 +158,14 @@ def test_what_is_not_published_bounds_nothing():
 @pytest.mark.parametrize(("times", "name"), [((3, 2, 1), "compute"), ((1, 3, 2), "memory"), ((1, 2, 3), "network")])
 def test_a_step_is_bound_by_what_takes_longest(times, name):
     assert (Bounds(*times).step, Bounds(*times).bound_by) == (3, name)
+
+
+def test_the_guess_lets_temporaries_alone_grow():
+    memory = Memory(arguments=500, outputs=300, in_place=200, temporaries=1000, code=100)
+    program = dataclasses.replace(PROGRAM, batch_size=64, memory=memory)
+    devices = jax.devices()[:4]
+    assert guess_largest_batch(program, Target("", devices, None, 1, 700 + 2600)) == 164  # 64 · 2.6 is 166.4
+    assert guess_largest_batch(program, Target("", devices, None, 1, None)) is None
 
 
 @pytest.mark.parametrize("start", [4, 1024, 5000])

@@ -66,7 +66,8 @@ def test_the_table_has_the_figures_in_readable_units():
     assert words("memory 10", table) == "memory 10.000 ms 819 GB/s"
     assert words("network", table) == "network 0.150 ms 200 GB/s sent"  # 2 · 3/4 · 20 MB over 200 GB/s
     assert "102,400 images/s at most, 300 epochs of 1,251 steps in 1:02:33 at least" in table  # 375,300 · 10 ms
-    assert "largest" not in table and "Fewer operations" not in table and "one chip" not in table
+    assert "largest batch that fits: about 1,952 or more" in table  # (15,360 − 100) / 8,000 · 1,024 is 1,953
+    assert "Fewer operations" not in table and "one chip" not in table
 
 
 def test_the_table_says_what_is_not_so_simple():
