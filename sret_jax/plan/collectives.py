@@ -5,6 +5,8 @@ import math
 import re
 from collections import Counter
 
+from sret_jax.plan.hlo import array_bytes, computations
+
 _TIMES_SENT = {
     "all-reduce": 2.0,  # a reduce-scatter and an all-gather
     "all-gather": 1.0,
@@ -13,9 +15,6 @@ _TIMES_SENT = {
     "collective-permute": 1.0,
 }
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\n((?:  .*\n)*)", re.MULTILINE)
-_INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.-]+) = (.+?) ([a-z][a-z0-9-]*)\((.*)$", re.MULTILINE)
-_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 _PARTITIONS = re.compile(r"^HloModule .*num_partitions=(\d+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 
@@ -51,35 +50,29 @@ def find_collectives(program: str) -> list[Collectives]:
     """
     header = _PARTITIONS.search(program)
     devices = int(header[1]) if header else 1
-    sizes = {name: _array_bytes(shape) for name, shape, _, _ in _INSTRUCTION.findall(program)}
+    parts = list(computations(program))
+    sizes = {instruction.name: array_bytes(instruction.shape) for part in parts for instruction in part.instructions}
     total: Counter[tuple[str, int]] = Counter()
     count: Counter[tuple[str, int]] = Counter()
     seen = set()
-    for entry, computation, body in _COMPUTATION.findall(program):
-        for _, _, operation, rest in _INSTRUCTION.findall(body):
-            kind = operation.removesuffix("-start")
+    for part in parts:
+        for instruction in part.instructions:
+            kind = instruction.operation.removesuffix("-start")
             if kind not in _TIMES_SENT:
                 continue
-            if computation.startswith("all-reduce-scatter"):
+            if part.name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
-            operands, _, attributes = rest.partition(")")
-            group = _group_size(attributes, devices)
-            size = sum(sizes[operand] for operand in re.findall(r"%([\w.-]+)", operands))
-            channel = _CHANNEL.search(attributes)
+            group = _group_size(instruction.attributes, devices)
+            size = sum(sizes[operand] for operand in instruction.operands)
+            channel = _CHANNEL.search(instruction.attributes)
             piece = (kind, group, size, channel and channel[1])
-            if not entry and piece in seen:
+            if not part.is_entry and piece in seen:
                 continue
             seen.add(piece)
             count[kind, group] += 1
             total[kind, group] += size * group if kind == "all-gather" else size
     found = [Collectives(kind, count[kind, group], group, total[kind, group]) for kind, group in count]
     return sorted(found, key=lambda collectives: -collectives.sent_bytes)
-
-
-def _array_bytes(shape: str) -> int:
-    """Of an array's shape, or of all in a tuple's, such as `(f32[8,128]{1,0:T(8,128)}, bf16[4])`."""
-    arrays = _ARRAY.findall(shape)
-    return sum(math.prod(map(int, filter(None, lengths.split(",")))) * int(bits or 8) // 8 for bits, lengths in arrays)
 
 
 def _group_size(attributes: str, devices: int) -> int:

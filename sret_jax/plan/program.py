@@ -14,6 +14,7 @@ from sret_jax.models.cost import count_macs
 from sret_jax.models.sret import MOST_UNROLLED_APPLICATIONS
 from sret_jax.plan.collectives import Collectives, find_collectives
 from sret_jax.plan.devices import Target
+from sret_jax.plan.hlo import main_memory_bytes
 from sret_jax.training.loop import make_model, make_optimizer
 from sret_jax.training.mesh import make_mesh, split_batch
 from sret_jax.training.step import Augmentation, abstract_state, make_train_step
@@ -54,6 +55,7 @@ class Program:
       network_flops: 6 times the multiply-accumulates of the forward pass: convolutions and products alone, forward,
         and backward twice that.
       accessed_bytes: what operations read and write by the compiler's estimate, in whatever memory it lies.
+      main_memory_bytes: what they read from the device's main memory and write to it, see `main_memory_bytes`.
       collectives: between the devices.
       compile_seconds: that compiling took.
     """
@@ -63,6 +65,7 @@ class Program:
     flops: float
     network_flops: float
     accessed_bytes: float
+    main_memory_bytes: int
     collectives: Sequence[Collectives]
     compile_seconds: float
 
@@ -115,6 +118,7 @@ def compile_step(config: ConfigDict, target: Target, epoch_steps: int, classes: 
     start = time.perf_counter()
     compiled = _compile(step.lower(abstract_state(model, optimizer, mesh), batch), config.batch_size, target)
     seconds = time.perf_counter() - start
+    text = compiled.as_text()
     planned, cost = compiled.memory_analysis(), compiled.cost_analysis()
     memory = Memory(
         arguments=planned.argument_size_in_bytes,
@@ -131,7 +135,8 @@ def compile_step(config: ConfigDict, target: Target, epoch_steps: int, classes: 
         flops=cost["flops"],
         network_flops=6 * count_macs(model) * config.batch_size / len(target.devices),
         accessed_bytes=cost["bytes accessed"],
-        collectives=find_collectives(compiled.as_text()),
+        main_memory_bytes=main_memory_bytes(text),
+        collectives=find_collectives(text),
         compile_seconds=seconds,
     )
 
@@ -144,7 +149,7 @@ def least_seconds(program: Program, target: Target) -> Bounds | None:
     sent = sum(collectives.sent_bytes for collectives in program.collectives)
     return Bounds(
         compute=program.flops * share / chip.flops,
-        memory=program.accessed_bytes * share / chip.memory_rate,
+        memory=program.main_memory_bytes * share / chip.memory_rate,
         network=sent * share / chip.network_rate if chip.network_rate else None,
     )
 

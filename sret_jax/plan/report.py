@@ -69,6 +69,7 @@ def plan_text(facts: Facts) -> str:
                 ["floating-point operations", f"{program['flops'] / 1e9:,.1f} G"],
                 ["  convolutions and products", f"{program['network_flops'] / 1e9:,.1f} G"],
                 ["bytes read and written", f"{program['accessed_bytes'] / 1e9:,.3f} GB"],
+                ["  in main memory", f"{program['main_memory_bytes'] / 1e9:,.3f} GB"],
             ]
         ),
         *_aligned(_collective_rows(program["collectives"])),
@@ -120,12 +121,12 @@ def _bounds_lines(facts: Facts) -> list[str]:
         return [f"least time of a step: not known, for no published rates of {facts['device']} are known here"]
     share = facts["devices_per_chip"]
     rows = [
-        ["compute", _ms(bounds["compute"]), f"{chip['flops'] / share / 1e12:,.1f} TFLOP/s, bfloat16"],
+        ["compute", _ms(bounds["compute"]), f"{chip['flops'] / share / 1e12:,.1f} TFLOP/s"],
         ["memory", _ms(bounds["memory"]), f"{chip['memory_rate'] / share / 1e9:,.0f} GB/s"],
         ["network", "-", "rate not published"],
     ]
     if bounds["network"] is not None:
-        rows[-1] = ["network", _ms(bounds["network"]), f"{chip['network_rate'] / share / 1e9:,.0f} GB/s sent"]
+        rows[-1] = ["network", _ms(bounds["network"]), f"{chip['network_rate'] / share / 1e9:,.0f} GB/s"]
     return [
         f"least time of a step, by published rates of the {chip['name']} ({chip['source']})",
         *_aligned(rows),

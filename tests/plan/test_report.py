@@ -35,7 +35,8 @@ PROGRAM = Program(
     memory=Memory(arguments=80 * MIB, outputs=60 * MIB, in_place=50 * MIB, temporaries=8000 * MIB, code=10 * MIB),
     flops=1.97e12,
     network_flops=1.7e12,
-    accessed_bytes=8.19e9,
+    accessed_bytes=9.5e9,
+    main_memory_bytes=8_190_000_000,
     collectives=[Collectives("all-reduce", 3, 4, 20_000_000)],
     compile_seconds=83.2,
 )
@@ -61,10 +62,12 @@ def test_the_table_has_the_figures_in_readable_units():
     assert words("usable", table) == "usable 15,360.0 MiB"
     assert words("published", table) == "published 16,384.0 MiB"
     assert words("floating-point operations", table) == "floating-point operations 1,970.0 G"
+    assert words("bytes", table) == "bytes read and written 9.500 GB"
+    assert words("in main memory", table) == "in main memory 8.190 GB"
     assert words("all-reduce", table) == "all-reduce 3 4 20,000,000"
-    assert words("compute", table) == "compute 10.000 ms 197.0 TFLOP/s, bfloat16"
+    assert words("compute", table) == "compute 10.000 ms 197.0 TFLOP/s"
     assert words("memory 10", table) == "memory 10.000 ms 819 GB/s"
-    assert words("network", table) == "network 0.150 ms 200 GB/s sent"  # 2 · 3/4 · 20 MB over 200 GB/s
+    assert words("network", table) == "network 0.150 ms 200 GB/s"  # 2 · 3/4 · 20 MB over 200 GB/s
     assert "102,400 images/s at most, 300 epochs of 1,251 steps in 1:02:33 at least" in table  # 375,300 · 10 ms
     assert "largest batch that fits: about 1,952 or more" in table  # (15,360 − 100) / 8,000 · 1,024 is 1,953
     assert "Fewer operations" not in table and "one chip" not in table
