@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from sret_jax.errors import UserError
 from sret_jax.models.cost import count_macs
-from sret_jax.models.sret import MOST_UNROLLED_APPLICATIONS
+from sret_jax.models.sret import MOST_UNROLLED_APPLICATIONS, SReT
 from sret_jax.plan.collectives import Collectives, find_collectives
 from sret_jax.plan.devices import Target
 from sret_jax.plan.hlo import main_memory_bytes
@@ -57,7 +57,7 @@ class Program:
       accessed_bytes: what operations read and write by the compiler's estimate, in whatever memory it lies.
       main_memory_bytes: what they read from the device's main memory and write to it, see `main_memory_bytes`.
       collectives: between the devices.
-      compile_seconds: that compiling took.
+      compile_seconds: that tracing and compiling took.
     """
 
     batch_size: int
@@ -106,17 +106,9 @@ def compile_step(config: ConfigDict, target: Target, epoch_steps: int, classes: 
       TooLargeError: the devices have too little memory for it.
       UserError: the config and the devices do not go together.
     """
-    model = make_model(_with_unrolling(config, target.devices[0].platform), classes)
-    mesh = make_mesh(config.mesh, config.batch_size, target.devices)
-    schedule, optimizer = make_optimizer(config, epoch_steps)
-    step: Any = make_train_step(model, optimizer, schedule, Augmentation(**config.augment), config.seed, mesh)
-
-    def split(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=split_batch(mesh))
-
-    batch = {"image": split((model.image_size, model.image_size, 3), jnp.uint8), "label": split((), jnp.int32)}
     start = time.perf_counter()
-    compiled = _compile(step.lower(abstract_state(model, optimizer, mesh), batch), config.batch_size, target)
+    lowered, model = _lowered_step(config, target.devices, epoch_steps, classes)
+    compiled = _compile(lowered, config.batch_size, target)
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     planned, cost = compiled.memory_analysis(), compiled.cost_analysis()
@@ -196,6 +188,22 @@ def find_largest_batch(
         ask = max((i for i, size in enumerate(sizes) if size <= reach), default=0)
         ask = min(max(ask, low + 1), high - 1)
     return (sizes[low] if low >= 0 else None), sizes[high]
+
+
+def _lowered_step(
+    config: ConfigDict, devices: Sequence[jax.Device], epoch_steps: int, classes: int
+) -> tuple[Any, SReT]:
+    """The train step of a config, traced for a mesh of these devices, and its model."""
+    model = make_model(_with_unrolling(config, devices[0].platform), classes)
+    mesh = make_mesh(config.mesh, config.batch_size, devices)
+    schedule, optimizer = make_optimizer(config, epoch_steps)
+    step: Any = make_train_step(model, optimizer, schedule, Augmentation(**config.augment), config.seed, mesh)
+
+    def split(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=split_batch(mesh))
+
+    batch = {"image": split((model.image_size, model.image_size, 3), jnp.uint8), "label": split((), jnp.int32)}
+    return step.lower(abstract_state(model, optimizer, mesh), batch), model
 
 
 def _with_unrolling(config: ConfigDict, platform: str) -> ConfigDict:

@@ -74,7 +74,9 @@ def test_the_table_has_the_figures_in_readable_units():
 
 
 def test_the_table_says_what_is_not_so_simple():
-    assert "2 devices are one chip" in text(kind="TPU7x", per_chip=2)
+    shared = text(kind="TPU7x", per_chip=2)
+    assert "2 devices are one chip" in shared
+    assert words("published", shared) == "published 98,304.0 MiB"  # half of 192 GiB
     assert words("network", text(kind="TPU v4")) == "network - rate not published"
     assert "no published rates of TPU v9 are known here" in text(kind="TPU v9")
     assert "the compiler counts loops once" in text(dataclasses.replace(PROGRAM, flops=1e12))
