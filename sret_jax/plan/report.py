@@ -128,7 +128,7 @@ def _bounds_lines(facts: Facts) -> list[str]:
     if bounds["network"] is not None:
         rows[-1] = ["network", _ms(bounds["network"]), f"{chip['network_rate'] / share / 1e9:,.0f} GB/s"]
     return [
-        f"least time of a step, by published rates of the {chip['name']} ({chip['source']})",
+        f"least time of a step, by published rates of the {chip['name']}, bfloat16 ({chip['source']})",
         *_aligned(rows),
         f"  bound by {bounds['bound_by']}: {facts['program']['batch_size'] / bounds['step']:,.0f} images/s at most, "
         f"{facts['epochs']:,} epochs of {facts['steps'] // facts['epochs']:,} steps in "
