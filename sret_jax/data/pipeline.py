@@ -280,4 +280,4 @@ def _warn_once(message: str) -> None:
 
 def _name(source: Source, index: int) -> str:
     file_name = getattr(source.examples, "file_name", None)
-    return file_name(index) if file_name else f"image {index} of {source.name}"
+    return (file_name and file_name(index)) or f"image {index} of {source.name}"

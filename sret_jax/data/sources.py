@@ -21,16 +21,13 @@ class Examples(Protocol):
     """Random access to `{"image": encoded bytes or uint8 (height, width, channels), "label": int}`.
 
     The bytes are as they are on disk, whatever they hold, and empty where the disk does not give them; a label that it
-    does not give is -1. So whoever decodes also reports what is broken, by `file_name`. Both methods are called from
-    several threads at once.
+    does not give is -1. So whoever decodes also reports what is broken: by `file_name(index) -> str`, where examples
+    have such a method and it does not return "". Several threads call the methods at once.
     """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
-
-    def file_name(self, index: int, /) -> str:
-        """What a message calls one example: its file, or its number where it was made of no file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +156,7 @@ class _PreparedExamples:
 
     def file_name(self, index: int, /) -> str:
         names = self._features(index)["file_name"].bytes_list.value
-        return os.fsdecode(names[0]) if names else f"number {index}"
+        return os.fsdecode(names[0]) if names else ""
 
     def _features(self, index: int) -> Mapping[str, Any]:
         try:
@@ -187,6 +184,3 @@ class _SyntheticExamples:
         rng = np.random.default_rng((zlib.crc32(self.split.encode()), index))
         image = rng.integers(256, size=(self.image_size, self.image_size, 3), dtype=np.uint8)
         return {"image": image, "label": int(rng.integers(self.num_classes))}
-
-    def file_name(self, index: int, /) -> str:
-        return f"number {index}"

@@ -2,9 +2,9 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import jax
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -17,7 +17,6 @@ from sret_jax.models.sret import SReT
 from sret_jax.models.zoo import create_model
 from sret_jax.training.optimizer import Schedule, adamw, warmup_constant, warmup_cosine
 from sret_jax.training.step import (
-    Metrics,
     TrainState,
     abstract_state,
     init_state,
@@ -25,8 +24,6 @@ from sret_jax.training.step import (
     with_variables,
 )
 from sret_jax.weights.store import load_variables
-
-TrainStep = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
 
 
 def open_sources(config: ConfigDict) -> tuple[Source, Source]:
@@ -72,7 +69,7 @@ def make_optimizer(config: ConfigDict, epoch_steps: int) -> tuple[Schedule, opta
     return schedule, optimizer
 
 
-def make_training(config: ConfigDict, model: SReT, epoch_steps: int, mesh: Mesh) -> tuple[TrainStep, TrainState]:
+def make_training(config: ConfigDict, model: SReT, epoch_steps: int, mesh: Mesh) -> tuple[Any, TrainState]:
     """The jitted train step, and what its state consists of, as `abstract_state` gives it."""
     if config.batch_size % (config.accumulation * mesh.devices.size):
         raise UserError(

@@ -1,6 +1,9 @@
 """Several hosts become one run."""
 
+from typing import Any
+
 import jax
+import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from sret_jax.errors import UserError
@@ -43,3 +46,21 @@ def connect(config: ConfigDict) -> None:
             f"the processes of this run cannot connect: {error}. Expected {config.processes or 'all'} processes, "
             "started at about the same time, that reach the coordinator"
         ) from error
+
+
+def compile_everywhere(step: Any, *arguments: Any) -> Any:
+    """Compile a jitted function, and wait until all hosts have.
+
+    A host that began to compute would wait for the others' part, and CPUs give that up after half a minute.
+
+    Args:
+      step: what `jax.jit` returns.
+      arguments: arrays or `jax.ShapeDtypeStruct`s, with their shardings.
+
+    Returns:
+      The compiled function, which takes such arguments and no others.
+    """
+    compiled = step.lower(*arguments).compile()
+    if jax.process_count() > 1:
+        ocp.multihost.sync_global_processes("compiled")
+    return compiled

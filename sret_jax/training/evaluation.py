@@ -13,7 +13,8 @@ from sret_jax.data.sources import Source
 from sret_jax.models.sret import SReT
 from sret_jax.training.build import make_model, open_sources, warnings_to
 from sret_jax.training.config import check_config
-from sret_jax.training.mesh import local_rows, make_mesh, place, put_batch, replicated
+from sret_jax.training.distributed import compile_everywhere
+from sret_jax.training.mesh import abstract_batch, local_rows, make_mesh, place, put_batch, replicated
 from sret_jax.training.step import Metrics, TrainState, make_eval_step
 from sret_jax.weights.store import load_variables
 
@@ -53,9 +54,12 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
 
 def make_evaluation(config: ConfigDict, model: SReT, source: Source, mesh: Mesh) -> Evaluate:
     """A function from variables to their metrics over the whole source, every example counted once."""
-    eval_step = make_eval_step(model, mesh)
+    batch_like = abstract_batch(mesh, config.batch_size, model.image_size, mask=True)
+    jitted, compiled = make_eval_step(model, mesh), None
 
     def evaluate(variables: Mapping[str, Any]) -> dict[str, float]:
+        nonlocal compiled
+        compiled = eval_step = compiled or compile_everywhere(jitted, variables, batch_like)
         batches = eval_batches(
             source,
             batch_size=config.batch_size,

@@ -16,8 +16,9 @@ from sret_jax.models.zoo import create_model
 from sret_jax.training.build import initial_state, make_model, make_training, open_sources, training_batches
 from sret_jax.training.checkpoints import Checkpoints
 from sret_jax.training.config import check_config, identity
+from sret_jax.training.distributed import compile_everywhere
 from sret_jax.training.evaluation import evaluate_state, make_evaluation
-from sret_jax.training.mesh import local_rows, make_mesh, put_batch
+from sret_jax.training.mesh import abstract_batch, local_rows, make_mesh, put_batch
 from sret_jax.training.preemption import Preempted, Preemption
 from sret_jax.training.profile import Profile
 from sret_jax.training.report import Report
@@ -78,6 +79,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 report.message(message)
             if first_step == total_steps:
                 report.message("this run is finished: nothing is left to train")
+            else:
+                batch_like = abstract_batch(mesh, config.batch_size, model.image_size)
+                train_step = compile_everywhere(train_step, like, batch_like)
 
             batches = training_batches(config, model, train_source, first_step, local_rows(mesh, config.batch_size))
             recent = StepMetrics(checkpoints, config.max_skipped_steps)

@@ -105,6 +105,16 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
+def abstract_batch(mesh: Mesh, batch_size: int, image_size: int, *, mask: bool = False) -> dict[str, Any]:
+    """What `put_batch` makes of a batch for training, or, with a mask, for evaluation: to compile for it before."""
+
+    def split(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=split_batch(mesh))
+
+    batch = {"image": split((image_size, image_size, 3), np.uint8), "label": split((), np.int32)}
+    return {**batch, "mask": split((), np.bool_)} if mask else batch
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Arrays that every host has become global arrays, in memory of their own."""
 

@@ -148,9 +148,9 @@ def test_classes_without_names_are_called_by_their_numbers(digits_folder: Path) 
     assert open_source("synthetic", "train", num_classes=3).class_names == ("0", "1", "2")
 
 
-def test_examples_that_were_no_files_are_called_by_their_numbers(digits_folder: Path) -> None:
-    for name in ["digits", "synthetic"]:
-        assert open_source(name, "train", str(digits_folder)).examples.file_name(7) == "number 7"
+def test_examples_that_were_no_files_have_no_names(digits_folder: Path) -> None:
+    assert open_source("digits", "train", str(digits_folder)).examples.file_name(7) == ""
+    assert not hasattr(open_source("synthetic", "train").examples, "file_name")
 
 
 def test_a_dataset_may_have_any_features_beside_image_and_label(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_damaged_record_is_an_empty_image_without_a_label(digits_folder: Path,
     sound, damaged = (open_source("digits", "train", str(folder)).examples for folder in [digits_folder, tmp_path])
     (broken,) = [index for index in range(len(sound)) if damaged[index] != sound[index]]
     assert damaged[broken] == {"image": b"", "label": -1}
-    assert damaged.file_name(broken) == f"number {broken}"
+    assert damaged.file_name(broken) == ""
 
 
 def test_a_dataset_that_lacks_a_file_is_the_users_error(digits_folder: Path, tmp_path: Path) -> None:
