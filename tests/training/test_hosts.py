@@ -18,27 +18,19 @@ from sret_jax.weights.store import load_variables
 ROOT = pathlib.Path(__file__).parents[2]
 EPOCH_STEPS = 11  # of tiny_run.py
 
-# An eps far above rounding noise keeps AdamW from dividing noise by noise: runs on other meshes can be compared.
+# An eps far above rounding noise keeps AdamW from dividing noise by noise: runs on other meshes can be compared. One
+# stage compiles soon; it is wide enough for its kernels to be split.
 CONFIG = (
     "--config=tests/training/tiny_run.py",
+    "--config.model.widths=(32,)",
+    "--config.model.heads=(2,)",
+    "--config.model.blocks=(2,)",
+    "--config.model.recursions=(2,)",
+    "--config.model.slices=((4,2),)",
     "--config.optimizer.eps=1e-3",
     "--config.epochs=2",
     "--config.log_every_steps=1",
 )
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Folders shared by all runs: the digits, and compiled programs, so that a restart is quick."""
-    shared = tmp_path_factory.getbasetemp()
-    return {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles twice as fast
-        "TFDS_DATA_DIR": str(shared / "datasets"),
-        "PYTHONPATH": str(ROOT),
-    }
 
 
 @pytest.fixture(scope="module")
