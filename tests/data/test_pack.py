@@ -20,6 +20,7 @@ from PIL import Image
 
 from sret_jax.data import shards
 from sret_jax.data.pack import pack
+from sret_jax.data.pipeline import eval_batches, train_batches
 from sret_jax.data.sources import open_source
 from sret_jax.errors import UserError
 
@@ -63,6 +64,20 @@ def test_a_packed_folder_gives_the_examples_of_the_folder(split: str, image_fold
         assert from_packed.examples[index] == from_folder.examples[index]
         name = from_packed.examples.file_name(index)
         assert str(image_folder / name) == from_folder.examples.file_name(index)
+
+
+def test_a_packed_folder_gives_the_batches_of_the_folder(image_folder: Path, packed: Path) -> None:
+    sources = [
+        (open_source("folder", split, str(image_folder)), open_source("small", split, str(packed.parents[1])))
+        for split in ("train", "validation")
+    ]
+    (train, packed_train), (val, packed_val) = sources
+    options: dict[str, Any] = {"batch_size": 8, "image_size": 16, "num_threads": 2}
+    recipe = {**options, "seed": 3, "repeats": 3, "rand_augment": "rand-m9-mstd0.5-inc1"}
+    batches, packed_batches = (train_batches(source, **recipe) for source in (train, packed_train))
+    for _ in range(10):  # two epochs and more
+        np.testing.assert_equal(next(packed_batches), next(batches))
+    np.testing.assert_equal(list(eval_batches(packed_val, **options)), list(eval_batches(val, **options)))
 
 
 def test_plain_tfds_reads_and_decodes_a_packed_folder(image_folder: Path, packed: Path) -> None:
