@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sret_jax.errors import UserError
 
 LOCAL = "local"
-EXAMPLES = f"v5e:2x2, v5e:16x16, v5p:4x8x8 or v6e:16x16, or {LOCAL} for this machine's devices, the only way for GPUs"
+EXAMPLES = f"v5e:2x2, v5e:16x16 or v5p:4x8x8, or {LOCAL} for this machine's devices, the only way for GPUs"
 
 
 @dataclasses.dataclass(frozen=True)
