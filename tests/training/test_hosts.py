@@ -18,8 +18,8 @@ from sret_jax.weights.store import load_variables
 ROOT = pathlib.Path(__file__).parents[2]
 EPOCH_STEPS = 11  # of tiny_run.py
 
-# An eps far above rounding noise keeps AdamW from dividing noise by noise: runs on other meshes can be compared. One
-# stage compiles soon; it is wide enough for its kernels to be split.
+# An eps far above rounding noise keeps AdamW from dividing noise by noise, and small steps keep training from amplifying
+# it: runs on other meshes can be compared. One stage compiles soon; it is wide enough for its kernels to be split.
 CONFIG = (
     "--config=tests/training/tiny_run.py",
     "--config.model.widths=(32,)",
@@ -28,6 +28,7 @@ CONFIG = (
     "--config.model.recursions=(2,)",
     "--config.model.slices=((4,2),)",
     "--config.optimizer.eps=1e-3",
+    "--config.optimizer.learning_rate=1e-3",
     "--config.epochs=2",
     "--config.log_every_steps=1",
 )
