@@ -67,6 +67,18 @@ def test_a_row_of_a_batch_is_the_same_whoever_loads_it(numbered_source: Source, 
         np.testing.assert_equal(share, [{name: batch[name][rows] for name in batch} for batch in whole])
 
 
+def test_when_the_number_of_hosts_changes_no_example_is_repeated_or_missed(numbered_source: Source) -> None:
+    seen: list[int] = []
+    # Two epochs: three batches on two hosts, four on one, three on four.
+    for first_batch, count, hosts in [(0, 3, 2), (3, 4, 1), (7, 3, 4)]:
+        shares = np.split(np.arange(BATCH), hosts)
+        loaded = [take(numbered_source, count, first_batch=first_batch, rows=rows.tolist()) for rows in shares]
+        for batches in zip(*loaded, strict=True):
+            seen.extend(np.concatenate([batch["label"] for batch in batches]).tolist())
+    for epoch in np.split(np.array(seen), 2):
+        assert len(epoch) == len(set(epoch.tolist())) == STEPS * BATCH
+
+
 def test_train_batches_have_the_shapes_and_types_promised(digits_folder: Any) -> None:
     source = open_source("digits", "train", str(digits_folder))
     (batch,) = take(source, 1, image_size=20, batch_size=32)
