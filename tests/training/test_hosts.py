@@ -144,10 +144,8 @@ def test_two_hosts_of_two_devices_train_as_one_device_does(two_of_two, one_of_on
     assert_same_training(two_of_two, one_of_one)
 
 
-@pytest.mark.parametrize("fsdp", [1, 2])
-def test_one_host_of_four_devices_trains_as_two_of_two_also_with_its_state_split(train, folder, two_of_two, fsdp):
-    workdir = train(folder / f"one_of_four_{fsdp}", 1, 4, f"--config.mesh.fsdp={fsdp}")
-    assert_same_training(workdir, two_of_two)
+def test_one_host_of_four_devices_with_its_state_split_trains_as_two_of_two(train, folder, two_of_two):
+    assert_same_training(train(folder / "one_of_four", 1, 4, "--config.mesh.fsdp=2"), two_of_two)
 
 
 def test_only_the_first_host_writes_and_speaks(two_of_two):
@@ -185,7 +183,8 @@ def test_told_to_end_on_any_host_a_run_loses_no_step_and_goes_on_with_another_nu
     assert_same_training(workdir, one_of_one)
 
 
-KILLS = int(os.environ.get("SRET_KILLS", "2"))
+# A few more by hand, now and then: SRET_KILLS=20.
+KILLS = int(os.environ.get("SRET_KILLS", "1"))
 
 
 def test_killed_processes_cost_nothing_but_time(start, train, folder, two_of_one):
