@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from sret_jax.data.augment import Augmentation, mixup_cutmix, normalize, random_erasing, random_flip
-from sret_jax.data.pipeline import random_crop_box
+from sret_jax.data.decode import random_crop_box
 
 DRAWS = 10_000  # over which distributions are compared with their closed forms
 

@@ -1,13 +1,11 @@
-import importlib.util
 import os
+import sys
 
 import jax
 import pytest
 
 from sret_jax import UserError
 from sret_jax.plan.devices import CHIPS, find_target
-
-HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
 def test_local_is_every_device_of_this_machine():
@@ -16,21 +14,21 @@ def test_local_is_every_device_of_this_machine():
     assert (target.chip, target.devices_per_chip, target.memory_bytes) == (None, 1, None)
 
 
-@pytest.mark.skipif(HAS_LIBTPU, reason="with libtpu, a slice of TPUs is found")
 def test_a_slice_without_the_compiler_for_it_names_the_extra(monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(UserError, match=r"v5e:2x2 needs libtpu.*pip install '\.\[tpu\]'"):
         find_target("v5e:2x2")
 
 
-@pytest.mark.skipif(not HAS_LIBTPU, reason="needs the tpu extra")
+@pytest.mark.by_hand
 @pytest.mark.parametrize("topology", ["v5e:3x3", "v9:2x2", "v5e", "h100:8"])
 def test_a_slice_that_does_not_exist_is_refused_with_ones_that_do(topology):
     with pytest.raises(UserError, match=rf"there is no topology '{topology}' .*expected one such as v5e:2x2"):
         find_target(topology)
 
 
-@pytest.mark.skipif(not HAS_LIBTPU, reason="needs the tpu extra")
+@pytest.mark.by_hand
 @pytest.mark.parametrize(
     ("topology", "devices", "per_chip", "name"),
     [

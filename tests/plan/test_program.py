@@ -81,7 +81,7 @@ def test_memory_and_work_are_the_compilers(compiled_and_planned):
 
 def test_the_arguments_are_the_state_on_every_device_and_its_part_of_the_batch(compiled_and_planned):
     _, program = compiled_and_planned
-    step_and_counts = 1 + 3 + 2  # the state's step, BatchNorm's batches, the optimizer's counts
+    step_and_counts = 2 + 3 + 2  # the state's steps, done and skipped; BatchNorm's batches; the optimizer's counts
     state = 4 * (3 * PARAMETERS + STATISTICS + step_and_counts)
     batch = BATCH // 8 * (32 * 32 * 3 + 4)
     assert program.memory.arguments == state + batch

@@ -307,7 +307,6 @@ def test_a_log_file_holds_plain_lines(tmp_path: Path, clock: Clock, log: Console
         "test accuracy    97.22 %",
         "checkpoint       checkpoints/30",
         "best checkpoint  best",
-        "best checkpoint  best",
         f"learning curves  {tmp_path}/learning_curves.png",
         "took             0:00:09",
     ]
