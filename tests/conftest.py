@@ -2,4 +2,6 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+from tests import compilation
+
+os.environ.update(compilation.variables(devices=8))

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 import sret_jax
-from tests.models.quick import random_variables
+from tests.models.draws import random_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

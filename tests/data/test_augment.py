@@ -1,7 +1,6 @@
 """Tests of sret_jax.data.augment."""
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,6 @@ from sret_jax.data.augment import Augmentation, mixup_cutmix, normalize, random_
 from sret_jax.data.decode import random_crop_box
 
 DRAWS = 10_000  # over which distributions are compared with their closed forms
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

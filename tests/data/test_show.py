@@ -3,7 +3,6 @@
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -92,14 +91,6 @@ def test_the_command_draws_the_digits_configs_batches(digits_folder: Path, tmp_p
         np.testing.assert_array_equal(sheet, hard)
 
 
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_sheet_shows_what_the_device_makes_of_each_batch(digits_folder: Path) -> None:
     config = base_config()
     config.batch_size = 5

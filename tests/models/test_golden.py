@@ -7,7 +7,6 @@ import pytest
 import sret_jax
 from tests.golden import golden
 from tests.golden.cases import model_of, recorded_permutations
-from tests.models import quick
 
 TINY = [name for name in golden.names() if name.startswith("tiny")]
 FULL_SIZE = [name for name in golden.names() if not name.startswith("tiny")]
@@ -59,7 +58,7 @@ def test_features_are_what_the_originals_head_sees(name: str) -> None:
     model = model_of(case.config, scan_unroll=False)
     permutations = recorded_permutations(case)
 
-    run = quick.jit(
+    run = jax.jit(
         lambda variables, images: model.apply(variables, images, permutations=permutations, method="features")
     )
     features = run(sret_jax.from_torch_state_dict(case.state_dict, model), case.images)

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 
 from sret_jax.models.recursion import Stage
-from tests.models import quick
 
 
 def test_every_application_of_every_block_drops_by_itself() -> None:
@@ -28,7 +27,7 @@ def test_every_application_of_every_block_drops_by_itself() -> None:
     params["nlls"]["coefficients"][:] = 1
     params["nlls"]["mlp"]["fc2"]["bias"][:] = 10.0 ** np.arange(6).reshape(2, 3, 1)
 
-    run = quick.jit(lambda key: stage.apply({"params": {"blocks": params}}, x, None, True, rngs={"dropout": key}))
+    run = jax.jit(lambda key: stage.apply({"params": {"blocks": params}}, x, None, True, rngs={"dropout": key}))
     y = np.asarray(run(jax.random.key(0)))
     digits = np.stack([y // 10**i % 10 for i in range(6)])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sret_jax
-from tests.models import numpy_sret, quick
+from tests.models import draws, numpy_sret
 from tests.models.jaxprs import operations
 
 # 16 tokens, two blocks, three applications of each: the least that has every scan and every permutation.
@@ -90,10 +90,10 @@ def _random_permutations(model: sret_jax.SReT, seed: int = 2) -> list[np.ndarray
 )
 def test_logits_equal_a_numpy_network(fields: dict[str, Any]) -> None:
     model = _small(**fields)
-    variables, images = quick.random_variables(model), quick.random_images(model, batch=2)
+    variables, images = draws.random_variables(model), draws.random_images(model, batch=2)
     permutations = _random_permutations(model)
 
-    logits = quick.jit(model.apply)(variables, images, permutations=permutations)
+    logits = jax.jit(model.apply)(variables, images, permutations=permutations)
 
     weights = sret_jax.to_torch_state_dict(variables, model)
     expected = numpy_sret.logits(weights, model, images, permutations)
@@ -103,8 +103,8 @@ def test_logits_equal_a_numpy_network(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("rates", [pytest.param({}, id="no dropout"), pytest.param(DROPPING, id="dropout")])
 def test_rolled_unrolled_and_rematerialised_have_the_same_logits_and_gradients(rates: dict[str, float]) -> None:
-    images = quick.random_images(_small(), batch=4)
-    variables = quick.random_variables(_small())
+    images = draws.random_images(_small(), batch=4)
+    variables = draws.random_variables(_small())
     cotangent = np.random.RandomState(3).standard_normal((4, 5)).astype(np.float32)
     rngs = {"dropout": _key(0), "permutation": _key(1)}
 
@@ -115,7 +115,7 @@ def test_rolled_unrolled_and_rematerialised_have_the_same_logits_and_gradients(r
             )
             return (logits * cotangent).sum(), logits
 
-        gradients, logits = quick.jit(jax.grad(loss, has_aux=True))(variables["params"])
+        gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
         return logits, sret_jax.to_torch_state_dict({"params": gradients}, model)
 
     logits, gradients = run(_small(**rates))
@@ -166,12 +166,12 @@ def test_scans_are_unrolled_as_told_and_by_default_up_to_64_applications_on_acce
 @pytest.mark.parametrize("way", WAYS_TO_RUN, ids=str)
 def test_bfloat16_is_close_to_float32_with_float32_parameters_logits_and_gradients(way: dict[str, bool]) -> None:
     exact, model = _small(), _small(dtype=jnp.bfloat16, **way)
-    variables, images = quick.random_variables(exact), quick.random_images(exact, batch=8)
+    variables, images = draws.random_variables(exact), draws.random_images(exact, batch=8)
     permutations = _random_permutations(model)
     for leaf in jax.tree.leaves(_shapes(model)[0]["params"]):
         assert leaf.dtype == jnp.float32
 
-    logits = quick.jit(model.apply)(variables, images, permutations=permutations)
+    logits = jax.jit(model.apply)(variables, images, permutations=permutations)
 
     assert logits.dtype == jnp.float32
     expected = numpy_sret.logits(sret_jax.to_torch_state_dict(variables, exact), exact, images, permutations)
@@ -271,9 +271,9 @@ def test_bfloat16_keeps_activations_between_the_parts_in_bfloat16(train: bool) -
 def test_num_classes_zero_gives_features() -> None:
     model = _small(blocks=(1,), recursions=(1,))
     headless = dataclasses.replace(model, num_classes=0)
-    variables, images = quick.random_variables(model), quick.random_images(model, batch=2)
-    features = quick.jit(functools.partial(model.apply, method="features"))(variables, images)
-    logits = quick.jit(model.apply)(variables, images)
+    variables, images = draws.random_variables(model), draws.random_images(model, batch=2)
+    features = jax.jit(functools.partial(model.apply, method="features"))(variables, images)
+    logits = jax.jit(model.apply)(variables, images)
     assert features.shape == (2, 8)
     assert features.dtype == jnp.float32
     head = variables["params"]["head"]
@@ -283,13 +283,13 @@ def test_num_classes_zero_gives_features() -> None:
     assert "head" not in _shapes(headless)[0]["params"]
     without_head = {**variables, "params": {k: v for k, v in variables["params"].items() if k != "head"}}
     # The same program but for the head that XLA does not see.
-    np.testing.assert_allclose(quick.jit(headless.apply)(without_head, images), features, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(headless.apply)(without_head, images), features, rtol=0, atol=1e-6)
 
 
 def test_training_leaves_batch_statistics_of_this_batch_behind() -> None:
     model = _small()
-    variables, images = quick.random_variables(model), quick.random_images(model, batch=4)
-    run = quick.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
+    variables, images = draws.random_variables(model), draws.random_images(model, batch=4)
+    run = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
     _, updates = run(variables, images, rngs={"permutation": _key(0)})
 
     conv = variables["params"]["stem"]["conv1"]
@@ -309,8 +309,8 @@ def test_training_leaves_batch_statistics_of_this_batch_behind() -> None:
 def evaluation():
     """A small sliced network, and its evaluation compiled once: (model, variables, images, run)."""
     model = _small()
-    variables, images = quick.random_variables(model), quick.random_images(model, batch=2)
-    return model, variables, images, quick.jit(model.apply)
+    variables, images = draws.random_variables(model), draws.random_images(model, batch=2)
+    return model, variables, images, jax.jit(model.apply)
 
 
 def _stage_permutations(model: sret_jax.SReT, **rngs: jax.Array) -> list[jax.Array | None]:
@@ -324,7 +324,7 @@ def test_evaluation_without_rngs_is_bit_equal_from_call_to_call_and_when_compile
     logits = run(variables, images)
     np.testing.assert_array_equal(run(variables, images), logits)
     again = dataclasses.replace(model)
-    np.testing.assert_array_equal(quick.jit(again.apply)(variables, images), logits)
+    np.testing.assert_array_equal(jax.jit(again.apply)(variables, images), logits)
 
 
 def test_evaluation_without_rngs_permutes_the_tokens(evaluation) -> None:
@@ -412,9 +412,9 @@ def test_training_with_slices_needs_permutations_or_their_rng() -> None:
 
 def test_dropout_stands_behind_the_position_embedding() -> None:
     model = _small(drop_rate=0.25, image_size=64, blocks=(1,), recursions=(1,))
-    variables, images = quick.random_variables(model), quick.random_images(model, batch=4)
+    variables, images = draws.random_variables(model), draws.random_images(model, batch=4)
 
-    @quick.jit
+    @jax.jit
     def run(variables, images):
         _, captured = model.apply(
             variables,
@@ -451,9 +451,9 @@ def test_stochastic_depth_drops_each_branch_of_each_application_by_itself_at_its
     # Images are all the same, so what differs between examples is what was dropped. The first block's rate is 0; the
     # second's is 0.9 · 1/6, in two branches of each of its three applications: 64 outcomes.
     model = _small(image_size=8, slices=((1, 1),), drop_path_rate=0.9)
-    variables = quick.random_variables(model)
-    images = np.broadcast_to(quick.random_images(model, batch=1), (4096, 8, 8, 3))
-    run = quick.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
+    variables = draws.random_variables(model)
+    images = np.broadcast_to(draws.random_images(model, batch=1), (4096, 8, 8, 3))
+    run = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
     logits, _ = run(variables, images, rngs={"dropout": _key(0)})
 
     _, counts = np.unique(np.round(np.asarray(logits), 4), axis=0, return_counts=True)
@@ -487,7 +487,7 @@ def initial():
         scan_unroll=False,
     )
     images = np.zeros((1, 64, 64, 3), np.float32)
-    return sret_jax.to_torch_state_dict(quick.jit(model.init)(jax.random.key(0), images), model)
+    return sret_jax.to_torch_state_dict(jax.jit(model.init)(jax.random.key(0), images), model)
 
 
 def _linear_and_convolution(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -562,11 +562,11 @@ def test_initial_norms_are_one_and_zero_and_coefficients_one(initial) -> None:
 
 def test_a_thousand_shared_layers_initialise_and_run() -> None:
     model = sret_jax.create_model("sret_t", recursions=(50, 50, 50), num_classes=10, image_size=64)
-    images = quick.random_images(model, batch=1)
+    images = draws.random_images(model, batch=1)
     assert sum(model.applications) == 500
 
-    variables = quick.jit(model.init)(jax.random.key(0), images)
-    logits = quick.jit(model.apply)(variables, images)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    logits = jax.jit(model.apply)(variables, images)
 
     assert logits.shape == (1, 10)
     assert np.isfinite(logits).all()

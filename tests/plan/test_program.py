@@ -28,13 +28,6 @@ PARAMETERS += 16 + 8 * CLASSES + CLASSES  # norm and head
 STATISTICS = 2 * (4 + 8 + 8)  # running means and variances; and three counts
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def config(batch_size=BATCH):
     """One block, applied once."""
     config = base_config()

@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+from tests import compilation
+
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
@@ -12,10 +14,10 @@ def environment(tmp_path_factory):
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # several workers of one test session
     return {
-        **{key: value for key, value in os.environ.items() if key != "XLA_FLAGS"},
+        **os.environ,
+        **compilation.variables(devices=1),
         "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles twice as fast
         "TFDS_DATA_DIR": str(shared / "datasets"),
         "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
     }

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sret_jax.weights.store import load_variables
+from tests import compilation
 
 pytestmark = pytest.mark.by_hand
 
@@ -65,10 +66,7 @@ def start(environment):
                             *(place if hosts > 1 else ()),
                         ],
                         cwd=ROOT,
-                        env={
-                            **environment,
-                            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_a_host}",
-                        },
+                        env={**environment, **compilation.variables(devices_a_host)},
                         stdout=log,
                         stderr=subprocess.STDOUT,
                     )

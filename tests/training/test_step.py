@@ -74,13 +74,6 @@ def run(trainer, eps):
     return losses, state
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def one():
     return Trainer(1)
@@ -216,7 +209,6 @@ def test_accumulation_averages_the_gradients_of_its_parts():
     assert float(metrics["loss"]) == pytest.approx(float(first_loss + second_loss) / 2, rel=1e-5)
 
 
-@pytest.mark.by_hand
 def test_accumulation_gives_the_same_on_one_device_and_on_four():
     optimizer, states = optax.sgd(0.1), []
     for devices in (1, 4):

@@ -11,19 +11,16 @@ def get_config() -> ConfigDict:
     config.batch_size = 128
 
     config.model.image_size = 32
-    config.model.widths = (8, 16, 32)
-    config.model.heads = (1, 2, 4)
-    config.model.blocks = (1, 2, 1)
-    config.model.slices = ((4, 2), (2, 1), (1, 1))
+    config.model.widths = (8, 16)
+    config.model.heads = (1, 2)
+    config.model.blocks = (1, 2)
+    config.model.recursions = (2, 2)
+    config.model.slices = ((4, 2), (2, 1))
     config.model.mlp_ratio = 2.0
-    config.model.drop_rate = 0.1
     config.model.scan_unroll = False
 
     config.data.crop_area = (0.7, 1.0)
     config.augment.flip = 0.5
-    config.augment.erasing = 0.25
-    config.augment.mixup = 0.8
-    config.augment.cutmix = 1.0
     config.augment.label_smoothing = 0.1
 
     config.optimizer.learning_rate = 8e-3

@@ -33,7 +33,6 @@ from sret_jax.weights.torch_file import load_torch_weights
 from sret_jax.weights.torch_writer import torch_file_content
 from tests.golden import golden
 from tests.golden.cases import model_of, recorded_permutations
-from tests.models import quick
 
 TOLERANCE = 1e-5  # of logits, as in test_golden.py
 OTHER_DTYPES = (torch.float16, torch.bfloat16, torch.float64)
@@ -138,7 +137,7 @@ def original_logits(network: torch.nn.Module, case: golden.Case) -> np.ndarray:
 def our_logits(variables: Any, case: golden.Case) -> np.ndarray:
     """The same of our network."""
     model, permutations = model_of(case.config, scan_unroll=False), recorded_permutations(case)
-    run = quick.jit(lambda variables, images: model.apply(variables, images, permutations=permutations))
+    run = jax.jit(lambda variables, images: model.apply(variables, images, permutations=permutations))
     return np.asarray(run(variables, case.images))
 
 

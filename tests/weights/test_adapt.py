@@ -10,7 +10,7 @@ import sret_jax
 from sret_jax.weights.adapt import adapt, resize_position_embedding
 from sret_jax.weights.torch_writer import torch_file_content
 from tests.golden import golden
-from tests.models.quick import random_variables
+from tests.models.draws import random_variables
 
 GOLDEN = np.load(golden.FOLDER / "pos_embed_resize.npz")
 SMALL = sret_jax.SReT(

@@ -23,7 +23,7 @@ from sret_jax.weights.torch_names import fitting_models
 from sret_jax.weights.torch_writer import torch_file_content
 from tests.golden import golden
 from tests.golden.cases import model_of, recorded_permutations
-from tests.models import quick
+from tests.models import draws
 
 ROOT = pathlib.Path(__file__).parents[2]
 CASE = golden.load("tiny")
@@ -36,7 +36,7 @@ FIELDS = {"image_size": 64, "widths": (8, 16, 32), "mlp_ratio": 2.0, "num_classe
 def logits_of():
     permutations = recorded_permutations(CASE)
     model = TINY.copy(scan_unroll=False)
-    run = quick.jit(lambda variables: model.apply(variables, CASE.images, permutations=permutations))
+    run = jax.jit(lambda variables: model.apply(variables, CASE.images, permutations=permutations))
     return lambda variables: np.asarray(run(variables))
 
 
@@ -73,7 +73,7 @@ def tiny_flags() -> list[str]:
 
 def official(model: sret_jax.SReT, path: pathlib.Path, **changes: np.ndarray) -> pathlib.Path:
     """A file of the official layout with random weights."""
-    state_dict = sret_jax.to_torch_state_dict(quick.random_variables(model), model)
+    state_dict = sret_jax.to_torch_state_dict(draws.random_variables(model), model)
     path.write_bytes(torch_file_content({**state_dict, **changes}))
     return path
 
@@ -149,7 +149,7 @@ def test_an_image_is_cropped_and_normalised_as_in_evaluation(tmp_path) -> None:
 
 
 def test_what_is_no_image_is_refused(tmp_path) -> None:
-    variables = quick.random_variables(TINY)
+    variables = draws.random_variables(TINY)
     for path in (tmp_path / "absent.png", golden.FOLDER / "README.md"):
         with pytest.raises(sret_jax.UserError, match=f"{path.name} cannot be read as an image"):
             classify(path, TINY, variables)
@@ -234,7 +234,7 @@ def test_our_formats_convert_into_each_other(tmp_path) -> None:
 
 
 def test_variables_without_a_model_need_its_name(tmp_path) -> None:
-    sret_jax.save_variables(tmp_path / "a", quick.random_variables(TINY))
+    sret_jax.save_variables(tmp_path / "a", draws.random_variables(TINY))
     with pytest.raises(sret_jax.UserError, match="nothing says which model these variables are of: give --model"):
         convert(tmp_path / "a", tmp_path / "b")
     assert convert(tmp_path / "a", tmp_path / "b", name="sret_t", fields=FIELDS) == TINY

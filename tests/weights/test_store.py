@@ -24,7 +24,7 @@ from sret_jax.training.mesh import make_mesh, replicated
 from sret_jax.training.step import TrainState
 from sret_jax.weights import store
 from sret_jax.weights.torch_writer import torch_file_content
-from tests.models.quick import random_variables
+from tests.models.draws import random_variables
 from tests.training import tiny_run
 
 MODEL = sret_jax.create_model(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from sret_jax.weights.torch_pickle import STORAGE_DTYPES
 from sret_jax.weights.torch_writer import torch_file_content
 from tests.golden import golden
 from tests.golden.cases import model_of
-from tests.models import quick
 
 # against_pytorch.py wrote both: the file, and what the original computed when PyTorch had loaded it.
 KEPT = golden.FOLDER / "tiny_wo_slice.reversed.pth"
@@ -65,7 +65,7 @@ def test_what_the_original_computed_of_the_file_is_what_we_compute() -> None:
     case = golden.load("tiny_wo_slice")
     model = model_of(case.config, scan_unroll=False)
     variables = sret_jax.load_variables(KEPT, model)
-    logits = quick.jit(model.apply)(variables, case.images)
+    logits = jax.jit(model.apply)(variables, case.images)
     # As in test_golden.py: float32 rounding does 2e-6.
     np.testing.assert_allclose(logits, np.load(KEPT_LOGITS)["logits"], rtol=0, atol=1e-5)
 

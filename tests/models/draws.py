@@ -1,6 +1,5 @@
-"""Networks that compile in seconds: for tests of what a network computes, not of how fast."""
+"""Variables and images for tests, drawn with NumPy: nothing needs compiling."""
 
-import functools
 from typing import Any
 
 import jax
@@ -8,15 +7,9 @@ import numpy as np
 
 import sret_jax
 
-# The same results from code that is less optimised, and compiled in less than half the time.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
-)
-
 
 def random_variables(model: sret_jax.SReT, seed: int = 0) -> dict[str, Any]:
-    """Variables of `model` drawn with NumPy: no coefficient is 1, no bias 0, and nothing needs compiling."""
+    """Variables of `model` drawn with NumPy: no coefficient is 1, no bias 0."""
     random = np.random.RandomState(seed)
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), np.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
