@@ -188,11 +188,9 @@ class NonLinearProjection(nn.Module):
         return residual(keep, x, add, y)
 
 
-def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array) -> jax.Array:
-    """Stochastic depth: zero whole examples of x, (b, ...), with probability `rate`, scale the rest by 1/(1 − rate).
+def draw_branch_scales(key: jax.Array, rate: jax.Array | float, shape: tuple[int, ...]) -> jax.Array:
+    """Stochastic depth (Huang et al., 2016): what to multiply residual branches with, float32 of `shape`.
 
-    `rate` may be traced: under a scan over blocks it is data, not a constant.
+    Each is 0 with probability `rate`, and 1/(1 − rate) otherwise; rates broadcast to `shape`.
     """
-    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-    keep = jax.random.bernoulli(key, 1 - rate, shape)
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), 0).astype(x.dtype)
+    return jax.random.bernoulli(key, 1 - rate, shape) / jnp.float32(1 - rate)

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sret_jax.models.attention import SlicedAttention
-from sret_jax.models.layers import MLP, NonLinearProjection, drop_path, layer_norm, residual, unit_coefficients
+from sret_jax.models.layers import (
+    MLP,
+    NonLinearProjection,
+    draw_branch_scales,
+    layer_norm,
+    residual,
+    unit_coefficients,
+)
 
 
 class TransformerBlock(nn.Module):
@@ -18,25 +25,28 @@ class TransformerBlock(nn.Module):
     mlp_ratio: float
     drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
-    stochastic_depth: bool = False
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, groups: int, permutation: jax.Array | None, drop_path_rate: jax.Array, train: bool
+        self, x: jax.Array, groups: int, permutation: jax.Array | None, scales: jax.Array | None, train: bool
     ) -> jax.Array:
-        """Apply the block once to tokens (b, n, c); see `SlicedAttention` for `groups` and `permutation`."""
+        """Apply the block once to tokens (b, n, c).
 
-        def maybe_drop(y: jax.Array) -> jax.Array:
-            return drop_path(y, drop_path_rate, self.make_rng("dropout")) if train and self.stochastic_depth else y
+        `scales`, float32 (2, b), are those of stochastic depth, for the attention and for the MLP; None for none. See
+        `SlicedAttention` for `groups` and `permutation`.
+        """
+
+        def scaled(y: jax.Array, branch: int) -> jax.Array:
+            return y if scales is None else (y * scales[branch, :, None, None]).astype(y.dtype)
 
         c1, c2, c3, c4 = unit_coefficients(self, 4)
         attention = SlicedAttention(self.heads, self.attn_drop_rate, self.drop_rate, self.dtype, name="attn")
         y = attention(layer_norm(self.dtype, "norm1")(x), groups, permutation, train)
-        x = residual(c1, x, c2, maybe_drop(y))
+        x = residual(c1, x, c2, scaled(y, 0))
         mlp = MLP(int(x.shape[-1] * self.mlp_ratio), self.drop_rate, self.dtype, name="mlp")
         y = mlp(layer_norm(self.dtype, "norm2")(x), train)
-        return residual(c3, x, c4, maybe_drop(y))
+        return residual(c3, x, c4, scaled(y, 1))
 
 
 class RecursiveBlock(nn.Module):
@@ -54,7 +64,6 @@ class RecursiveBlock(nn.Module):
     nll_ratio: float
     drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
-    stochastic_depth: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     unroll: bool = True
@@ -62,25 +71,28 @@ class RecursiveBlock(nn.Module):
     def setup(self) -> None:
         """The shared block stands outside the scan over its applications, so that the scan can broadcast it."""
         block = nn.remat(TransformerBlock, static_argnums=(2, 5)) if self.remat else TransformerBlock
-        self.block = block(
-            self.heads, self.mlp_ratio, self.drop_rate, self.attn_drop_rate, self.stochastic_depth, self.dtype
-        )
+        self.block = block(self.heads, self.mlp_ratio, self.drop_rate, self.attn_drop_rate, self.dtype)
         self.nlls = self.param("nlls", self._init_nlls)
 
     def __call__(
-        self, x: jax.Array, permutations: jax.Array | None, drop_path_rate: jax.Array, train: bool
+        self, x: jax.Array, permutations: jax.Array | None, scales: jax.Array | None, train: bool
     ) -> jax.Array:
-        """Tokens (b, n, c) -> (b, n, c); `permutations` are those of the later applications, (recursions − 1, n)."""
-        first, later = jax.tree.map(lambda p: p[0], self.nlls), jax.tree.map(lambda p: p[1:], self.nlls)
+        """Tokens (b, n, c) -> (b, n, c).
 
-        x = self.block(x, self.slices[0], None, drop_path_rate, train)
-        x = self._apply_nll(first, x, train)
+        `permutations` are those of the later applications, (recursions − 1, n), and `scales` those of stochastic depth,
+        (recursions, 2, b); either may be None.
+        """
+        nll, branch_scales = jax.tree.map(lambda array: array[0], (self.nlls, scales))
+        later = jax.tree.map(lambda array: array[1:], (self.nlls, scales))
+
+        x = self.block(x, self.slices[0], None, branch_scales, train)
+        x = self._apply_nll(nll, x, train)
 
         def apply_again(
-            module: RecursiveBlock, x: jax.Array, inputs: tuple[Any, jax.Array | None]
+            module: RecursiveBlock, x: jax.Array, inputs: tuple[tuple[Any, jax.Array | None], jax.Array | None]
         ) -> tuple[jax.Array, None]:
-            nll, permutation = inputs
-            x = module.block(x, module.slices[1], permutation, drop_path_rate, train)
+            (nll, branch_scales), permutation = inputs
+            x = module.block(x, module.slices[1], permutation, branch_scales, train)
             return module._apply_nll(nll, x, train), None
 
         if self.recursions > 1:
@@ -132,10 +144,9 @@ class Stage(nn.Module):
         """Tokens (b, n, c) -> (b, n, c); `permutations`: int32 (blocks, recursions − 1, n), None for raster order."""
 
         def apply_block(
-            block: RecursiveBlock, x: jax.Array, inputs: tuple[jax.Array | None, jax.Array]
+            block: RecursiveBlock, x: jax.Array, inputs: tuple[jax.Array | None, jax.Array | None]
         ) -> tuple[jax.Array, None]:
-            permutations, drop_path_rate = inputs
-            return block(x, permutations, drop_path_rate, train), None
+            return block(x, *inputs, train), None
 
         scan = nn.scan(
             apply_block,
@@ -153,12 +164,17 @@ class Stage(nn.Module):
             self.nll_ratio,
             self.drop_rate,
             self.attn_drop_rate,
-            stochastic_depth=any(self.drop_path_rates),
             dtype=self.dtype,
             remat=self.remat,
             unroll=self.unroll,
             name="blocks",
         )
-        rates = jnp.asarray(self.drop_path_rates, jnp.float32)
-        x, _ = scan(blocks, x, (permutations, rates))
+        x, _ = scan(blocks, x, (permutations, self._scales(x.shape[0]) if train else None))
         return x
+
+    def _scales(self, batch: int) -> jax.Array | None:
+        """Stochastic depth's, (blocks, recursions, 2, batch), drawn at once: a draw is much code for a compiler."""
+        if not any(self.drop_path_rates):
+            return None
+        rates = jnp.asarray(self.drop_path_rates, jnp.float32)[:, None, None, None]
+        return draw_branch_scales(self.make_rng("dropout"), rates, (self.blocks, self.recursions, 2, batch))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sret_jax.models.attention import SlicedAttention
-from sret_jax.models.layers import MLP, BatchNorm, NonLinearProjection, Pool, drop_path, layer_norm
+from sret_jax.models.layers import MLP, BatchNorm, NonLinearProjection, Pool, draw_branch_scales, layer_norm
 from tests.models import numpy_sret
 from tests.models.jaxprs import operations
 
@@ -201,26 +201,18 @@ def test_output_dropout_of_attention_drops_elements_and_scales_the_rest() -> Non
     np.testing.assert_allclose(y[y != 0], (kept / (1 - rate))[y != 0], rtol=1e-5)  # rounding of float32
 
 
-def test_drop_path_of_rate_zero_changes_nothing() -> None:
-    x = _normal(5, 4, 3)
-    np.testing.assert_array_equal(drop_path(x, 0.0, jax.random.key(0)), x)
+def test_branches_of_rate_zero_are_left_as_they_are() -> None:
+    np.testing.assert_array_equal(draw_branch_scales(jax.random.key(0), 0.0, (5,)), np.ones(5, np.float32))
 
 
-def test_drop_path_zeroes_whole_examples_and_keeps_the_mean() -> None:
-    x, rate = 1 + np.abs(_normal(4096, 2, 3)), 0.3
-    y = np.asarray(jax.jit(drop_path)(jnp.asarray(x), rate, jax.random.key(0)))  # the rate is traced
-
-    kept = (y != 0).any((1, 2))
-    np.testing.assert_array_equal(y[~kept], 0)
-    np.testing.assert_allclose(y[kept], x[kept] / 0.7, rtol=1e-6)  # one division of float32
-    # Four standard deviations of the mean of 4096 draws: 4 · sqrt(0.3 · 0.7 / 4096).
-    assert abs(kept.mean() - 0.7) < 0.029
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_drop_path_keeps_the_dtype(dtype) -> None:
-    x = jnp.ones((8, 2), dtype)
-    assert drop_path(x, jnp.float32(0.5), jax.random.key(0)).dtype == dtype
+def test_branches_are_dropped_at_their_rate_and_the_rest_scaled_to_keep_the_mean() -> None:
+    rates = np.array([[0.3], [0.6]], np.float32)
+    scales = np.asarray(draw_branch_scales(jax.random.key(0), rates, (2, 4096)))
+    assert scales.dtype == np.float32
+    for row, rate in zip(scales, (0.3, 0.6), strict=True):
+        np.testing.assert_allclose(np.unique(row), [0, 1 / (1 - rate)], rtol=1e-6)  # one division of float32
+        # Four standard deviations of the mean of 4096 draws.
+        assert abs((row > 0).mean() - (1 - rate)) < 4 * np.sqrt(rate * (1 - rate) / 4096)
 
 
 def test_layer_norm_epsilon_is_1e_6() -> None:

@@ -221,7 +221,7 @@ def test_bfloat16_computes_products_in_bfloat16_but_softmax_norms_and_head_in_fl
     ("rates", "drawn"),
     [
         ({}, 0),
-        ({"drop_path_rate": 0.1}, 6 * 2),  # behind attention and MLP of each application
+        ({"drop_path_rate": 0.1}, 1),  # for all branches of a stage at once
         ({"attn_drop_rate": 0.1}, 6),
         ({"drop_rate": 0.1}, 1 + 6 * (1 + 2 + 2)),  # the embedding; attention, MLP and projection layer of each
     ],
