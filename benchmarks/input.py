@@ -68,13 +68,17 @@ def jpegs(count: int) -> list[bytes]:
 
 
 def print_pipelines(files: Sequence[bytes], rounds: int) -> None:
-    """Time every pipeline in turns, one thread, by the processor time that it takes, and print a line for each."""
+    """Time every pipeline in turns at each image, one thread, by processor time, and print a line for each."""
     pipelines: dict[tuple[str, str, int], Pipeline] = {
         (name, policy, crops): make(RandAugment.parse(policy) if policy else None, crops)
         for policy in ("", POLICY)
         for name, make, crops in (("Pillow", pillow, 1), ("sret_jax", ours, 1), ("sret_jax", ours, 3))
     }
-    seconds = np.array([[_cpu_seconds(p, files) for p in pipelines.values()] for _ in range(rounds)]).T
+    seconds = np.zeros((len(pipelines), rounds))
+    for (turn, (seed, file)), (number, pipeline) in itertools.product(
+        itertools.product(range(rounds), enumerate(files)), enumerate(pipelines.values())
+    ):
+        seconds[number, turn] += _cpu_seconds(pipeline, file, seed)
     crops = np.array([count for _, _, count in pipelines])
     rates = len(files) * crops[:, None] / seconds
     print(f"one core, {rounds} rounds in turns\n")
@@ -140,10 +144,9 @@ def ours(augment: RandAugment | None, crops: int) -> Pipeline:
     return pipeline
 
 
-def _cpu_seconds(pipeline: Pipeline, files: Sequence[bytes]) -> float:
+def _cpu_seconds(pipeline: Pipeline, file: bytes, seed: int) -> float:
     start = time.process_time()
-    for seed, file in enumerate(files):
-        pipeline(file, seed)
+    pipeline(file, seed)
     return time.process_time() - start
 
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ _MAX_ASPECT = 20
 
 # a = -0.5, as Pillow's bicubic filter; PyTorch's has a = -0.75.
 _BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)
+_WHOLE = ResizeOptions(_BICUBIC)
 
 
 def random_crops(
@@ -112,14 +114,17 @@ def random_crop_box(
     Returns:
       Left, top, right and bottom in pixels, right and bottom exclusive.
     """
+    log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(10):
-        target_area = width * height * rng.uniform(*area)
-        target_aspect = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        # One call for all four: for single numbers, NumPy's calls take longer than the rest.
+        of_area, of_aspect, of_left, of_top = rng.random(4).tolist()
+        target_area = width * height * (area[0] + (area[1] - area[0]) * of_area)
+        target_aspect = math.exp(log_low + (log_high - log_low) * of_aspect)
         box_width = round(math.sqrt(target_area * target_aspect))
         box_height = round(math.sqrt(target_area / target_aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
-            left = int(rng.integers(width - box_width, endpoint=True))
-            top = int(rng.integers(height - box_height, endpoint=True))
+            left = int(of_left * (width - box_width + 1))
+            top = int(of_top * (height - box_height + 1))
             return left, top, left + box_width, top + box_height
     box_width = min(width, max(1, round(height * aspect[1])))
     box_height = min(height, max(1, round(width / aspect[0])))
@@ -129,6 +134,16 @@ def random_crop_box(
 def _central_box(width: int, height: int, box_width: int, box_height: int) -> Box:
     left, top = round((width - box_width) / 2), round((height - box_height) / 2)
     return left, top, left + box_width, top + box_height
+
+
+class _OfThread(threading.local):
+    """A resizer keeps its memory from image to image, and serves one thread."""
+
+    def __init__(self) -> None:
+        self.resizer = Resizer()
+
+
+_of_this_thread = _OfThread()
 
 
 class _Opened(NamedTuple):
@@ -208,8 +223,8 @@ def _decode_jpeg(encoded: bytes, image: _Opened, reduction: int, rows: int) -> n
         rows = image.height
     else:
         # The rows come one after the other. Told that there are fewer, libjpeg stops there. It smooths colours over
-        # neighbouring rows: the last ones are not what they would have been.
-        rows = min(rows + 16, image.height)
+        # neighbouring rows: the last one is not what it would have been.
+        rows = min(rows + 1, image.height)
         encoded = b"".join([encoded[: image.frame + 5], rows.to_bytes(2, "big"), encoded[image.frame + 7 :]])
     # Not strict: like Pillow, it puts up with bytes between the segments and with damaged ones.
     return simplejpeg.decode_jpeg(
@@ -237,6 +252,10 @@ def _resized(pixels: np.ndarray, box: Box, reduction: int, image_size: int) -> n
     cut = pixels[first_row : math.ceil(bottom), first_column : math.ceil(right)]
     source = ImageData(cut.shape[1], cut.shape[0], PixelType.U8x3, cut.tobytes())
     resized = ImageData(image_size, image_size, PixelType.U8x3)
-    inner = CropBox(left - first_column, top - first_row, right - left, bottom - top)
-    Resizer().resize(source, resized, ResizeOptions(_BICUBIC, crop_box=inner))
+    if reduction == 1:
+        options = _WHOLE  # the same as a box of all of it, and quicker
+    else:
+        inner = CropBox(left - first_column, top - first_row, right - left, bottom - top)
+        options = ResizeOptions(_BICUBIC, crop_box=inner)
+    _of_this_thread.resizer.resize(source, resized, options)
     return np.frombuffer(resized.get_buffer(), np.uint8).reshape(image_size, image_size, 3)
