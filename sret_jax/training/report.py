@@ -8,10 +8,8 @@ Everything lies in the run's folder, the workdir:
 - `learning_curves.png`: drawn from the two JSON files by `learning_curves`.
 """
 
-import datetime
 import json
 import math
-import numbers
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,14 +17,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from sret_jax.errors import UserError
-from sret_jax.files import naming, replace
+from sret_jax.files import replace
 from sret_jax.training.curves import draw_curves
+from sret_jax.training.display import Display, duration, text_of, words
+from sret_jax.training.records import Records, facts_path, metrics_path, read_metrics
 from sret_jax.training.weights_and_biases import open_wandb_run
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
@@ -85,7 +81,7 @@ class Report:
         self._wandb_run: Any = None
         self._active = active
         self._clock = clock
-        self._display = _Display(console or Console(), total_steps, first_step)
+        self._display = Display(console or Console(), total_steps, first_step)
         self._began_at = clock()
         self._first_tick: tuple[int, float] | None = None  # step and time at the end of the first step
         self._interval_start: tuple[int, float] | None = None  # from where images per second are counted
@@ -94,7 +90,7 @@ class Report:
 
     def __enter__(self) -> Self:
         if self._active:
-            self._records = _Records(self._workdir, self._first_step)
+            self._records = Records(self._workdir, self._first_step)
             self._began_at = self._clock() - self._records.seconds_before
             self._display.open()
         return self
@@ -118,7 +114,7 @@ class Report:
         if not self._active:
             return
         facts = {"model": model, **facts}
-        replace(_facts_path(self._workdir), json.dumps(facts, indent=2, default=str, ensure_ascii=False) + "\n")
+        replace(facts_path(self._workdir), json.dumps(facts, indent=2, default=str, ensure_ascii=False) + "\n")
         if self._wandb_project:
             self._wandb_run = open_wandb_run(self._wandb_project, self._workdir, facts)
         epochs = self._total_steps / self._steps_per_epoch
@@ -226,7 +222,7 @@ class Report:
                 "checkpoint": checkpoint,
                 "best checkpoint": best_checkpoint,
                 "learning curves": picture,
-                "took": _duration(self._clock() - self._began_at),
+                "took": duration(self._clock() - self._began_at),
             }
         )
 
@@ -246,7 +242,7 @@ class Report:
         if self._first_tick is None or step <= self._first_tick[0]:
             return ""
         seconds_per_step = (self._clock() - self._first_tick[1]) / (step - self._first_tick[0])
-        return f"{_duration(seconds_per_step * (self._total_steps - step))} left"
+        return f"{duration(seconds_per_step * (self._total_steps - step))} left"
 
 
 def learning_curves(workdir: str) -> str:
@@ -261,149 +257,12 @@ def learning_curves(workdir: str) -> str:
     Raises:
         UserError: if the workdir holds no `metrics.jsonl` or one that no run wrote, or cannot be written to.
     """
-    metrics = _metrics_path(workdir)
+    metrics = metrics_path(workdir)
     if not metrics.is_file():
         raise UserError(f"there is no {metrics.name} in {workdir}: give the workdir of a run that has begun to train.")
-    facts_path = _facts_path(workdir)
-    facts = json.loads(facts_path.read_text(encoding="utf-8")) if facts_path.is_file() else {"model": "Learning curves"}
-    subtitle = "  ·  ".join(f"{_words(name)}: {_text(fact)}" for name, fact in facts.items() if name != "model")
+    file = facts_path(workdir)
+    facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"model": "Learning curves"}
+    subtitle = "  ·  ".join(f"{words(name)}: {text_of(fact)}" for name, fact in facts.items() if name != "model")
     picture = Path(workdir) / "learning_curves.png"
-    replace(picture, draw_curves(_read_metrics(metrics), facts["model"], subtitle))
+    replace(picture, draw_curves(read_metrics(metrics), facts["model"], subtitle))
     return str(picture)
-
-
-class _Display:
-    """The bar on a terminal, and lines anywhere."""
-
-    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
-        self.is_plain = not console.is_terminal or console.is_dumb_terminal
-        self._console = console
-        self._bar = Progress(
-            BarColumn(bar_width=None, style="bright_black", complete_style="cyan", finished_style="green"),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TextColumn("{task.fields[time_left]}", style="bright_black"),
-            console=console,
-            disable=self.is_plain,
-            expand=True,
-        )
-        self._task = self._bar.add_task(
-            "", total=total_steps, completed=first_step, numbers="compiling the first step", time_left=""
-        )
-
-    def open(self) -> None:
-        self._bar.start()
-
-    def close(self) -> None:
-        self._bar.stop()
-
-    def move(self, step: int, time_left: str) -> None:
-        self._bar.update(self._task, completed=step, time_left=time_left)
-
-    def numbers(self, texts: list[str]) -> None:
-        self._bar.update(self._task, numbers="  ".join(texts))
-
-    def line(self, *parts: str) -> None:
-        text = "  ".join(filter(None, parts))
-        if self.is_plain:
-            print(text, file=self._console.file, flush=True)
-        else:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def block(self, facts: Mapping[str, object]) -> None:
-        width = max(map(len, facts))
-        for name, fact in facts.items():
-            self.line(f"{_words(name):{width}}", _text(fact))
-
-
-class _Records:
-    """`metrics.jsonl` and the TensorBoard events of one run, open for more."""
-
-    def __init__(self, workdir: str, first_step: int) -> None:
-        if "://" in workdir:
-            raise UserError(f"the workdir {workdir} is not a folder: give a path on a local or mounted disk.")
-        self._metrics_path = _metrics_path(workdir)
-        self._events_path = Path(workdir) / "tensorboard"
-        with naming(self._events_path):
-            self._events_path.mkdir(parents=True, exist_ok=True)
-
-        is_resumed = first_step > 0 and self._metrics_path.is_file()
-        kept = [r for r in _read_metrics(self._metrics_path) if r["step"] <= first_step] if is_resumed else []
-        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
-        replace(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
-        with naming(self._metrics_path):
-            self._metrics = self._metrics_path.open("a", encoding="utf-8")
-
-        # Not SummaryWriter: it writes in a thread of its own, and when that dies of a full disk the next calls wait for
-        # it forever. The suffix keeps two writers that were opened within one second apart.
-        with naming(self._events_path):
-            self._events = EventsWriter(str(self._events_path / "events"), f".{first_step}")
-        redone_from = first_step + 1 if first_step else 0
-        self._write_event(Event(step=redone_from, session_log=SessionLog(status=SessionLog.START)))
-
-    def write(self, place: Mapping[str, Any], metrics: Mapping[str, float | None], cost: Mapping[str, float]) -> None:
-        line = json.dumps({**place, **{name: _json_number(value) for name, value in metrics.items()}, **cost})
-        with naming(self._metrics_path):
-            self._metrics.write(line + "\n")
-            self._metrics.flush()
-        scalars = [
-            Summary.Value(tag=f"{place['kind']}/{name}", simple_value=float(value))
-            for name, value in metrics.items()
-            if value is not None
-        ]
-        self._write_event(Event(step=place["step"], summary=Summary(value=scalars)))
-
-    def close(self) -> None:
-        with naming(self._metrics_path):
-            self._metrics.close()
-        with naming(self._events_path):
-            self._events.close()
-
-    def _write_event(self, event: Event) -> None:
-        event.wall_time = time.time()
-        with naming(self._events_path):
-            self._events.write_event(event)
-            self._events.flush()
-
-
-def _metrics_path(workdir: str) -> Path:
-    return Path(workdir) / "metrics.jsonl"
-
-
-def _facts_path(workdir: str) -> Path:
-    return Path(workdir) / "run.json"
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`. What follows the last line break is a line that a kill cut short: dropped."""
-    with naming(path):
-        lines = path.read_bytes().split(b"\n")[:-1]
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not {"step", "epoch", "kind", "seconds"} <= record.keys():
-            raise UserError(f"{path}, line {number}: expected a record of a run. Remove this line, or the file.")
-        records.append(record)
-    return records
-
-
-def _json_number(value: float | None) -> float | None:
-    """A Python number, also from NumPy's; None for what JSON cannot hold."""
-    if value is None or not math.isfinite(value):
-        return None
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _text(fact: object) -> str:
-    return f"{fact:,}" if isinstance(fact, int) and not isinstance(fact, bool) else str(fact)
-
-
-def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))

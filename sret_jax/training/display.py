@@ -1,0 +1,72 @@
+"""How a run's report looks: a progress bar on a terminal, and lines anywhere."""
+
+import datetime
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+class Display:
+    """The bar on a terminal, and lines anywhere."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+        self.is_plain = not console.is_terminal or console.is_dumb_terminal
+        self._console = console
+        self._bar = Progress(
+            BarColumn(bar_width=None, style="bright_black", complete_style="cyan", finished_style="green"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[time_left]}", style="bright_black"),
+            console=console,
+            disable=self.is_plain,
+            expand=True,
+        )
+        self._task = self._bar.add_task(
+            "", total=total_steps, completed=first_step, numbers="compiling the first step", time_left=""
+        )
+
+    def open(self) -> None:
+        """Shows the bar, on a terminal."""
+        self._bar.start()
+
+    def close(self) -> None:
+        """Leaves the bar as it is; what follows stands below it."""
+        self._bar.stop()
+
+    def move(self, step: int, time_left: str) -> None:
+        """The bar is at `step`."""
+        self._bar.update(self._task, completed=step, time_left=time_left)
+
+    def numbers(self, texts: list[str]) -> None:
+        """What stands beside the bar."""
+        self._bar.update(self._task, numbers="  ".join(texts))
+
+    def line(self, *parts: str) -> None:
+        """Prints a line of the parts that are not empty, above the bar."""
+        text = "  ".join(filter(None, parts))
+        if self.is_plain:
+            print(text, file=self._console.file, flush=True)
+        else:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def block(self, facts: Mapping[str, object]) -> None:
+        """Prints a line for each fact, aligned."""
+        width = max(map(len, facts))
+        for name, fact in facts.items():
+            self.line(f"{words(name):{width}}", text_of(fact))
+
+
+def words(name: str) -> str:
+    """An identifier for people."""
+    return name.replace("_", " ")
+
+
+def text_of(fact: object) -> str:
+    """A fact for people: counts with commas."""
+    return f"{fact:,}" if isinstance(fact, int) and not isinstance(fact, bool) else str(fact)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: "1:02:33"."""
+    return str(datetime.timedelta(seconds=round(seconds)))
