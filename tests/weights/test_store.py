@@ -28,8 +28,8 @@ from tests.models.draws import random_variables
 from tests.training import tiny_run
 
 MODEL = sret_jax.create_model(
-    "sret_t", image_size=32, widths=(8, 16, 32), heads=(1, 2, 4), blocks=(1, 2, 1), mlp_ratio=2.0, num_classes=10,
-    slices=((4, 2), (2, 1), (1, 1)),
+    "sret_t", image_size=32, widths=(8, 16), heads=(1, 2), blocks=(1, 2), recursions=(2, 2), mlp_ratio=2.0,
+    num_classes=10, slices=((4, 2), (2, 1)),
 )  # fmt: skip
 BOTH_FORMATS = pytest.mark.parametrize("name", ["weights.safetensors", "weights"])
 
