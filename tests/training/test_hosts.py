@@ -16,8 +16,6 @@ import pytest
 from sret_jax.weights.store import load_variables
 from tests import compilation
 
-pytestmark = pytest.mark.by_hand
-
 ROOT = pathlib.Path(__file__).parents[2]
 # An eps far above rounding noise keeps AdamW from dividing noise by noise, and small steps keep training from
 # amplifying it: runs on other meshes can be compared. One stage compiles soon, and its kernels are large enough to be
@@ -144,6 +142,7 @@ def test_two_hosts_of_two_devices_train_as_one_device_does(two_of_two, one_of_on
     assert_same_training(two_of_two, one_of_one)
 
 
+@pytest.mark.by_hand
 def test_one_host_of_four_devices_with_its_state_split_trains_as_two_of_two(train, folder, two_of_two):
     assert_same_training(train(folder / "one_of_four", 1, 4, "--config.mesh.fsdp=2"), two_of_two)
 
@@ -169,6 +168,7 @@ def told_to_end(processes, workdir, step):
     return [process.wait(timeout=300) for process in processes]
 
 
+@pytest.mark.by_hand
 @pytest.mark.parametrize(("first", "then"), [((2, 1), (1, 1)), ((1, 1), (2, 1))])
 def test_told_to_end_on_any_host_a_run_loses_no_step_and_goes_on_with_another_number_of_hosts(
     start, train, folder, one_of_one, first, then
@@ -186,6 +186,7 @@ def test_told_to_end_on_any_host_a_run_loses_no_step_and_goes_on_with_another_nu
 KILLS = int(os.environ.get("SRET_KILLS", "2"))
 
 
+@pytest.mark.by_hand
 def test_killed_processes_cost_nothing_but_time(start, train, folder, two_of_one):
     seed = random.randrange(1000)
     print("seed of the moments:", seed)

@@ -166,6 +166,7 @@ def test_every_test_image_is_counted_once_in_every_epoch(undisturbed):
     assert [(record["step"], record["examples"]) for record in evaluations] == [(11, 360), (22, 360), (33, 360)]
 
 
+@pytest.mark.by_hand
 def test_a_run_on_a_mesh_of_eight_devices_has_the_same_losses(train, undisturbed, tmp_path):
     workdir = tmp_path / "run"
     result = train(workdir, env=compilation.variables(devices=8))
