@@ -100,6 +100,17 @@ def test_a_checkpoint_between_evaluations_is_not_the_best_and_knows_the_last_one
     assert evaluation == {"accuracy": 0.1}
 
 
+def test_an_evaluation_of_another_step_makes_no_checkpoint_the_best(tmp_path):
+    # The evaluation after step 10 was good, but that step has no checkpoint.
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(11, make_state(11), {"accuracy": 0.9}, is_new=False)
+        assert checkpoints.best_step() is None
+        checkpoints.save(20, make_state(20), {"accuracy": 0.1})
+        assert checkpoints.best_step() == 20
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_step() == 20
+
+
 def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     spend = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0 - 1, state), donate_argnums=0)
     with open_checkpoints(tmp_path) as checkpoints:

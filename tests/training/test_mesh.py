@@ -68,8 +68,9 @@ def test_alone_the_first_host_does_what_is_asked_and_raises_what_goes_wrong():
         on_first_host(lambda: 1 / 0)
 
 
-def test_a_batch_is_split_over_the_devices_in_order():
-    mesh = make_mesh({"data": -1}, 16)
+@pytest.mark.parametrize("axes", [{"data": -1}, {"data": 2, "fsdp": 4}])
+def test_a_batch_is_split_over_the_devices_in_order(axes):
+    mesh = make_mesh(axes, 16)
     labels = np.arange(16, dtype=np.int32)
     placed = put_batch({"label": labels}, mesh)["label"]
     for i, shard in enumerate(placed.addressable_shards):

@@ -34,6 +34,23 @@ def test_means_are_of_the_steps_since_the_last_call():
     )
 
 
+class UnderWay:
+    """A metric that the device has not computed until somebody waits for it."""
+
+    done = False
+
+    def block_until_ready(self):
+        self.done = True
+
+
+def test_no_more_than_two_steps_are_under_way():
+    recent = StepMetrics(NoCheckpoints(), max_skipped=3)
+    losses = [UnderWay() for _ in range(4)]
+    for step, loss in enumerate(losses, start=1):
+        recent.add(step, {"loss": loss}, waited=0.0)
+        assert [earlier.done for earlier in losses[:step]] == [True] * (step - 2) + [False] * min(step, 2)
+
+
 def test_skipped_steps_are_counted_and_left_out_of_the_means():
     recent = StepMetrics(NoCheckpoints(), max_skipped=3)
     recent.add(1, metrics(1.0), waited=0.0)
