@@ -10,7 +10,14 @@ from sret_jax import SReT, to_torch_state_dict
 from sret_jax.data.augment import Augmentation, normalize
 from sret_jax.training.mesh import make_mesh, put_batch
 from sret_jax.training.optimizer import adamw
-from sret_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step, with_variables
+from sret_jax.training.step import (
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    step_keys,
+    with_variables,
+)
 
 CLASSES = 10
 ROWS = 16
@@ -188,20 +195,22 @@ def test_state_split_over_fsdp_trains_like_whole_state_and_stays_split():
 
 def test_accumulation_averages_the_gradients_of_its_parts():
     mesh, optimizer, batch = one_device(), optax.sgd(1.0), random_batch(0)
-    state = init_state(SMALL, optimizer, 0, mesh)
+    model = SMALL.clone(drop_rate=0.2)
+    state = init_state(model, optimizer, 0, mesh)
     images, labels = normalize(jnp.asarray(batch["image"])), jnp.asarray(batch["label"])
 
-    def loss_fn(params, batch_stats, rows):
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, updates = SMALL.apply(variables, images[rows], train=True, mutable=["batch_stats"])
+    def loss_fn(params, batch_stats, part):
+        variables, rows = {"params": params, "batch_stats": batch_stats}, 2 * jnp.arange(ROWS // 2) + part
+        rngs = {"dropout": jax.random.fold_in(step_keys(0, 0)[1], part)}  # each part drops by itself
+        logits, updates = model.apply(variables, images[rows], train=True, mutable=["batch_stats"], rngs=rngs)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
         return loss, updates["batch_stats"]
 
     gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-    (first_loss, stats), first = gradient(state.params, state.batch_stats, np.arange(0, ROWS, 2))
-    (second_loss, stats), second = gradient(state.params, stats, np.arange(1, ROWS, 2))
+    (first_loss, stats), first = gradient(state.params, state.batch_stats, 0)
+    (second_loss, stats), second = gradient(state.params, stats, 1)
     expected = jax.tree.map(lambda p, a, b: p - (a + b) / 2, state.params, first, second)
-    train_step = make_train_step(SMALL, optimizer, lambda _: 1.0, Augmentation(), 0, mesh, accumulation=2)
+    train_step = make_train_step(model, optimizer, lambda _: 1.0, Augmentation(), 0, mesh, accumulation=2)
     after, metrics = train_step(state, put_batch(batch, mesh))
 
     assert_close(after.params, expected)
