@@ -4,6 +4,7 @@ Compiles the train step of a config with the compiler of the devices, which need
 compiler says of it beside what the chip's maker publishes. docs/scaling.md shows how to read it.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from absl import app, flags
 from sret_jax.errors import UserError
 from sret_jax.files import replace
 from sret_jax.plan.devices import EXAMPLES, find_target
-from sret_jax.plan.program import TooLargeError, compile_step, find_largest_batch, least_seconds
+from sret_jax.plan.program import Program, TooLargeError, compile_step, find_largest_batch, least_seconds
 from sret_jax.plan.report import plan_facts, plan_text
 from sret_jax.training.config import check_config
 from sret_jax.training.flags import CONFIG, run
@@ -38,21 +39,30 @@ def main(argv: list[str]) -> None:
     target = find_target(_TOPOLOGY.value)
     if _LARGEST.value and target.memory_bytes is None:
         raise UserError(f"nothing says how much memory {target.topology} has: leave --largest_batch out")
-    program = compile_step(config, target, epoch_steps, classes)
+
+    @functools.cache
+    def compiled(batch_size: int) -> Program | TooLargeError:
+        sized = config.copy_and_resolve_references()
+        sized.batch_size = batch_size
+        try:
+            return compile_step(sized, target, epoch_steps, classes)
+        except TooLargeError as error:
+            return error
 
     def needed(batch_size: int) -> int | None:
-        if batch_size == program.batch_size:
-            return program.memory.total
-        other = config.copy_and_resolve_references()
-        other.batch_size = batch_size
-        try:
-            return compile_step(other, target, epoch_steps, classes).memory.total
-        except TooLargeError:
-            return None
+        program = compiled(batch_size)
+        return None if isinstance(program, TooLargeError) else program.memory.total
 
-    largest = None
+    program, largest = compiled(config.batch_size), None
     if _LARGEST.value and target.memory_bytes:
-        largest = find_largest_batch(needed, target.memory_bytes, config.batch_size, len(target.devices))
+        unit = len(target.devices) * config.accumulation
+        largest = find_largest_batch(needed, target.memory_bytes, config.batch_size, unit)
+        if isinstance(program, TooLargeError) and largest[0]:
+            print(f"{program}\n\nwith batch {largest[0]:,}, the largest that fits:\n")
+            config.batch_size, epoch_steps = largest[0], max(_IMAGES.value // largest[0], 1)
+            program = compiled(largest[0])
+    if isinstance(program, TooLargeError):
+        raise program
     bounds = least_seconds(program, target)
     facts = plan_facts(config, target, program, bounds, epoch_steps, largest)
     print(plan_text(facts))

@@ -157,9 +157,9 @@ def guess_largest_batch(program: Program, target: Target) -> int | None:
 
 
 def find_largest_batch(
-    needed: Callable[[int], int | None], available: int, start: int, devices: int
+    needed: Callable[[int], int | None], available: int, start: int, unit: int
 ) -> tuple[int | None, int]:
-    """The largest batch that fits, among `devices` times 1, 2, 3, 4, 6, 8, 12 and so on, and the next, which does not.
+    """The largest batch that fits, among `unit` times 1, 2, 3, 4, 6, 8, 12 and so on, and the next, which does not.
 
     Memory is nearly an affine function of the batch, so the two largest batches known to fit say where to look next.
 
@@ -167,12 +167,12 @@ def find_largest_batch(
       needed: bytes of memory that a batch takes on a device, None if it does not fit; slow, so asked few times.
       available: bytes of memory of a device.
       start: the first batch to ask for.
-      devices: that share a batch.
+      unit: what every batch has to be a multiple of: devices that share it, times the parts that it is computed in.
 
     Returns:
-      The two batches; the first is None if not even one image a device fits.
+      The two batches; the first is None if not even one unit fits.
     """
-    sizes = [devices, *sorted(devices * factor << power for factor in (2, 3) for power in range(30))]
+    sizes = [unit, *sorted(unit * factor << power for factor in (2, 3) for power in range(30))]
     fitting: dict[int, int] = {}
     low, high = -1, len(sizes)
     ask = max((i for i, size in enumerate(sizes) if size <= start), default=0)

@@ -177,6 +177,6 @@ def test_the_search_ends_between_neighbours_and_asks_little(start, state, an_ima
         memory = int(state + batch * an_image)
         return memory if memory <= 1000 else None
 
-    assert find_largest_batch(needed, 1000, start, devices=4) == largest
+    assert find_largest_batch(needed, 1000, start, unit=4) == largest
     assert asked[0] == max(size for size in (4, 1024, 4096) if size <= start)
     assert len(asked) == len(set(asked)) <= 5

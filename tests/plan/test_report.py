@@ -115,3 +115,39 @@ def test_mistakes_are_told_in_a_line():
         assert done.returncode == 1
         assert done.stderr.startswith("error: ") and message in done.stderr
         assert done.stdout == ""
+
+
+COMPILING_AN_IMAGE_NEEDS_ONE_MIB = """
+import dataclasses, sys
+from sret_jax.plan import __main__ as plan
+from tests.plan.test_report import MIB, PROGRAM
+
+def find_target(topology, find=plan.find_target):
+    return dataclasses.replace(find(topology), memory_bytes=1000 * MIB)
+
+def compile_step(config, target, epoch_steps, classes):
+    assert config.batch_size % (8 * config.accumulation) == 0
+    print("compiled", config.batch_size, file=sys.stderr)
+    memory = dataclasses.replace(PROGRAM.memory, temporaries=config.batch_size * MIB)
+    if memory.total > 1000 * MIB:
+        raise plan.TooLargeError("too large")
+    return dataclasses.replace(PROGRAM, batch_size=config.batch_size, memory=memory)
+
+plan.find_target, plan.compile_step = find_target, compile_step
+plan.run(plan.main)
+"""
+
+
+def test_the_largest_batch_is_found_from_one_that_does_not_fit_and_in_parts():
+    flags = ["--topology=local", "--largest_batch", "--config.batch_size=3072", "--config.accumulation=3"]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILING_AN_IMAGE_NEEDS_ONE_MIB, *TINY, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    asked = [line for line in done.stderr.splitlines() if line.startswith("compiled")]
+    assert asked[0] == "compiled 3072" and len(asked) == len(set(asked))
+    assert done.stdout.startswith("too large\n\nwith batch 768, the largest that fits:\n")
+    assert "largest batch that fits: 768; 1,152 does not" in done.stdout
