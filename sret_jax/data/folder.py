@@ -1,7 +1,9 @@
-"""A folder of images, `<split>/<class>/<image>`, read as it is: images and order of torchvision's ImageFolder."""
+"""A folder of images, `<split>/<class>/<image>`, read as it is: images and classes of torchvision's ImageFolder."""
 
 import concurrent.futures
 import dataclasses
+import hashlib
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -11,7 +13,10 @@ from typing import Any, NoReturn
 import numpy as np
 import tensorflow_datasets as tfds
 
+from sret_jax.data.reading import read_patiently
 from sret_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 # Those of torchvision's ImageFolder, in upper and lower case.
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -40,11 +45,8 @@ class FolderExamples:
         return len(self.names)
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
-        try:
-            image = Path(self.file_name(index)).read_bytes()
-        except OSError:  # One file that vanished must not end a run of days: it counts as a broken image.
-            image = b""
-        return {"image": image, "label": int(self.labels[index])}
+        path = Path(self.file_name(index))
+        return {"image": read_patiently(path.read_bytes, str(path)), "label": int(self.labels[index])}
 
     def file_name(self, index: int, /) -> str:
         """Path of the file of one example."""
@@ -73,6 +75,8 @@ def split_folders(folder: str) -> dict[str, str]:
 def list_classes(folder: str) -> tuple[str, ...]:
     """The classes of a folder of images in the order of their labels: the sub-folders of `train`, sorted.
 
+    Names that begin with a dot are hidden, and nothing is made of them; nor of Synology's `@eaDir`.
+
     Raises:
       UserError: if `train` cannot be read.
     """
@@ -80,10 +84,13 @@ def list_classes(folder: str) -> tuple[str, ...]:
 
 
 def list_folder(folder: str, split: str) -> FolderExamples:
-    """Lists the images of one split without opening any: sorted by class, then by name.
+    """Lists the images of one split without opening any, in the order of a hash of their names.
+
+    So any part of a split holds about as much of each class, as in TFDS's datasets, and where an image is added or
+    removed the others keep their order.
 
     The classes are the sub-folders of `train`, in every split. Images may lie deeper than in their class's folder;
-    symbolic links are followed.
+    symbolic links are followed; hidden files and folders, whose names begin with a dot, are not there.
 
     Args:
       folder: holds `train/<class>/<image>`, `val/<class>/<image>` and so on.
@@ -94,7 +101,8 @@ def list_folder(folder: str, split: str) -> FolderExamples:
       The examples.
 
     Raises:
-      UserError: if a folder cannot be read, there is no such split, it holds no image or a class that `train` lacks.
+      UserError: if a folder cannot be read, there is no such split, it holds no image or a class that `train` lacks, or
+        `train` is asked for and holds a class without images.
     """
     splits = split_folders(folder)
     class_names = list_classes(folder)
@@ -135,34 +143,61 @@ def _list_split(folder: str, sub_folder: str, class_names: tuple[str, ...]) -> t
             + (f", nor {len(unknown) - 1} others of {sub_folder}" if unknown[1:] else "")
             + f". Expected the {len(class_names)} sub-folders of train or some of them: rename or move what differs"
         )
-    labels = {name: label for label, name in enumerate(class_names)}
     with concurrent.futures.ThreadPoolExecutor(_LISTING_THREADS) as executor:
-        names = list(executor.map(lambda name: _image_names(folder, os.path.join(sub_folder, name)), present))
-    return (
-        np.concatenate([np.array([], np.bytes_), *names]),
-        np.repeat(np.array([labels[name] for name in present], np.int32), [len(part) for part in names]),
-    )
+        listed = list(executor.map(lambda name: _image_names(folder, os.path.join(sub_folder, name)), present))
+    counts = [len(names) for names, _ in listed]
+    if sub_folder == "train" and any(counts) and not all(counts):
+        empty = [name for name, count in zip(present, counts, strict=True) if not count]
+        raise UserError(
+            f"{os.path.join(folder, sub_folder, empty[0])} holds no image"
+            + (f", nor do {len(empty) - 1} others of its kind" if empty[1:] else "")
+            + f". Expected some of each of the {len(class_names)} classes, whose names end in one of "
+            f"{', '.join(_IMAGE_SUFFIXES)}: a folder that is not a class has to go, for it shifts the others' labels"
+        )
+    if others := [name for _, files in listed for name in files]:
+        _LOG.warning(
+            "%d files in %s are left out, such as %s: images are those whose names end in one of %s",
+            len(others),
+            os.path.join(folder, sub_folder),
+            others[0],
+            ", ".join(_IMAGE_SUFFIXES),
+        )
+    labels = {name: label for label, name in enumerate(class_names)}
+    names = np.concatenate([np.array([], np.bytes_), *(names for names, _ in listed)])
+    order = np.argsort(_hashes(names), kind="stable")
+    return names[order], np.repeat(np.array([labels[name] for name in present], np.int32), counts)[order]
 
 
-def _image_names(folder: str, class_folder: str) -> np.ndarray:
-    """The images below one class's folder, sorted by folder, then by name."""
-    names_in = {}
+def _hashes(names: np.ndarray) -> np.ndarray:
+    digests = [hashlib.blake2b(name, digest_size=8).digest() for name in names.tolist()]
+    return np.frombuffer(b"".join(digests), np.dtype(">u8"))
+
+
+def _image_names(folder: str, class_folder: str) -> tuple[np.ndarray, list[str]]:
+    """The images below one class's folder, and the other files there, but for hidden ones."""
+    names, others = list[str](), list[str]()
     root = os.path.join(folder, class_folder)
-    for inside, _, files in os.walk(root, onerror=_raise_unlistable, followlinks=True):
+    for inside, folders, files in os.walk(root, onerror=_raise_unlistable, followlinks=True):
         target, parent = os.path.realpath(inside), os.path.realpath(os.path.dirname(inside))
         if os.path.commonpath([target, parent]) == target:
             raise UserError(f"{inside} is a symbolic link to a folder around it. Expected no circles: remove the link")
-        names_in[os.path.relpath(inside, folder)] = [name for name in files if name.lower().endswith(_IMAGE_SUFFIXES)]
-    names = [f"{inside}/{name}" for inside in sorted(names_in) for name in sorted(names_in[inside])]
-    return np.array([os.fsencode(name) for name in names], np.bytes_)
+        folders[:] = filter(_is_shown, folders)
+        for file in filter(_is_shown, files):
+            path = os.path.join(os.path.relpath(inside, folder), file)
+            (names if file.lower().endswith(_IMAGE_SUFFIXES) else others).append(path)
+    return np.array([os.fsencode(name) for name in sorted(names)], np.bytes_), others
 
 
 def _sub_folders(folder: str) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir())
+            return sorted(entry.name for entry in entries if entry.is_dir() and _is_shown(entry.name))
     except OSError as error:
         _raise_unlistable(error)
+
+
+def _is_shown(name: str) -> bool:
+    return not name.startswith(".") and name != "@eaDir"
 
 
 def _raise_unlistable(error: OSError) -> NoReturn:

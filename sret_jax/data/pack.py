@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sret_jax.data.folder import FolderExamples, list_classes, list_folder, split_folders
 from sret_jax.data.shards import Shard, example_features, plan_shards, write_shards
 from sret_jax.errors import UserError
-from sret_jax.files import naming, replace
+from sret_jax.files import is_remote, naming, replace
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ def pack(
       UserError: if `folder` is not a folder of images, an image cannot be read, the name cannot be one of TFDS, another
         dataset is in its place, another process packs it, or `out` cannot be written to.
     """
+    for path in filter(is_remote, (folder, out)):
+        raise UserError(f"{path} is not a folder. Expected one on a local or mounted disk: mount the bucket")
     folder = os.path.abspath(os.path.expanduser(folder))
     name = _checked_name(name or os.path.basename(folder))
     splits = _list_splits(folder)
@@ -167,7 +169,7 @@ def _write_metadata(folder: Path, shards: Mapping[str, list[Shard]]) -> None:
             split_infos=split_infos,
             version=_VERSION,
             description="A folder of images, packed by sret_jax.data.pack.",
-            disable_shuffling=True,  # the order says something: sorted by class
+            disable_shuffling=True,  # the order is that of the folder, so that batches are the same
             check_data=False,  # that needs TensorFlow
         )
 

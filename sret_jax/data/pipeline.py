@@ -15,6 +15,7 @@ from PIL import Image
 from sret_jax.data.decode import Encoded, central_crop, random_crops
 from sret_jax.data.rand_augment import RandAugment
 from sret_jax.data.read_ahead import Example, read_ahead
+from sret_jax.data.reading import UnreadableError
 from sret_jax.data.sources import Source
 from sret_jax.errors import UserError
 
@@ -224,7 +225,10 @@ def _eval_examples(
 
 def _read(source: Source, index: int, crop: Callable[[Encoded], Any]) -> tuple[Any, int, str]:
     """What `crop` makes of an image, and its label; or, where the example is broken, None, 0 and the reason."""
-    example = source.examples[index]
+    try:
+        example = source.examples[index]
+    except UnreadableError as error:
+        return None, 0, f"it cannot be read: {error}"
     label = int(example["label"])
     if not 0 <= label < source.num_classes:
         return None, 0, f"its label {label} is none of the classes 0 to {source.num_classes - 1}"

@@ -84,7 +84,7 @@ def read_ahead(
     dataset = grain.MapDataset.range(rounds * turns * len(chunks)).map(load_chunk).to_iter_dataset(options)
     dataset = dataset.batch(len(chunks), batch_fn=_stack)
     if num_workers:
-        _check_shared_memory(num_workers * len(rows) * example_bytes)
+        _check_shared_memory(num_workers * len(rows) * example_bytes, others_later=num_batches == _ENDLESS)
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain asks for flags of its own, which only programs of absl have parsed
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_init_worker)
@@ -101,9 +101,12 @@ def _stack(chunks: Sequence[Sequence[Example]]) -> dict[str, Any]:
     }
 
 
-def _check_shared_memory(bytes_in_turn: int) -> None:
-    """Refuse what would end in a bus error: a worker has a batch in hand, two in queues, one may be taken already."""
-    needed = 4 * bytes_in_turn
+def _check_shared_memory(bytes_in_turn: int, *, others_later: bool) -> None:
+    """Refuse what would end in a bus error: a worker has a batch in hand, two in queues, one may be taken already.
+
+    The workers of training keep theirs while those of an evaluation come and go, for which a run of days must not end.
+    """
+    needed = (9 if others_later else 4) * bytes_in_turn  # 4 and 4, and as much again as labels and rounding take
     if os.path.isdir(_SHARED_MEMORY) and (free := shutil.disk_usage(_SHARED_MEMORY).free) < needed:
         raise UserError(
             f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB left, but the worker processes need {needed / 1e6:.0f} MB of "

@@ -45,12 +45,12 @@ def training_sheet(config: ConfigDict) -> Image.Image:
     # The one place where `data` needs `training`, which knows how a config becomes batches.
     import jax
 
-    from sret_jax.training.build import make_model, open_sources, training_batches
+    from sret_jax.training.build import make_model, open_split, training_batches
     from sret_jax.training.config import check_config
     from sret_jax.training.step import step_keys
 
     check_config(config)
-    source, _ = open_sources(config)
+    source = open_split(config, config.data.train_split)
     model = make_model(config, source.num_classes)
     # Smoothing changes no image; without it, a label shows what was mixed.
     augmentation = dataclasses.replace(Augmentation(**config.augment), label_smoothing=0.0)

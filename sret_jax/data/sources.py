@@ -1,9 +1,12 @@
 """Where images come from: folders, datasets prepared by TFDS, the built-in handwritten digits, and random images."""
 
+import copy
 import dataclasses
+import hashlib
 import os
+import resource
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,16 +16,20 @@ from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sret_jax.data.digits import write_digits_once
-from sret_jax.data.folder import list_folder
+from sret_jax.data.folder import FolderExamples, list_folder
+from sret_jax.data.reading import read_patiently
 from sret_jax.errors import UserError
+
+# As many as a process is to have open at the same time, where the system lets it.
+_OPEN_FILES = 65_536
 
 
 class Examples(Protocol):
     """Random access to `{"image": encoded bytes or uint8 (height, width, channels), "label": int}`.
 
-    The bytes are as they are on disk, whatever they hold, and empty where the disk does not give them; a label that it
-    does not give is -1. So whoever decodes also reports what is broken: by `file_name(index) -> str`, where examples
-    have such a method and it does not return "". Several threads call the methods at once.
+    The bytes are as they are on disk, whatever they hold; where the disk does not give them, UnreadableError is raised.
+    So whoever decodes also reports what is broken: by `file_name(index) -> str`, where examples have such a method and
+    it does not return "". Several threads call the methods at once.
     """
 
     def __len__(self) -> int: ...
@@ -45,6 +52,13 @@ class Source:
     num_classes: int
     name: str
     class_names: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """64 letters that tell apart splits of other lengths, classes or, where these are known, files."""
+        digest = hashlib.sha256(repr((len(self.examples), self.num_classes, self.class_names)).encode())
+        if isinstance(self.examples, FolderExamples):
+            digest.update(b"\n".join(self.examples.names.tolist()))
+        return digest.hexdigest()
 
 
 def open_source(
@@ -137,33 +151,53 @@ def _open_prepared(name: str, split: str, folder: str) -> Source:
             + (f" and {len(missing) - 1} other files" if missing[1:] else "")
             + ". Expected all that its dataset_info.json speaks of: copy or prepare it again"
         )
+    _allow_open_files()
     return Source(_PreparedExamples(records), label.num_classes, f"{name} {split}", tuple(label.names))
 
 
-@dataclasses.dataclass(frozen=True)
+def _allow_open_files() -> None:
+    """Every file of a dataset stays open: TFDS's ImageNet has 1,024, as many as most systems allow unless asked."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(_OPEN_FILES, most)
+    if resource.RLIM_INFINITY != allowed < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
 class _PreparedExamples:
     """Examples of a TFDS dataset. Parsed here: TFDS would take six times as long for the features that we leave out."""
 
-    records: Sequence[bytes]
+    def __init__(self, records: Any) -> None:
+        self._records = records
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self._records)
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
-        features = self._features(index)
+        features = _features(read_patiently(lambda: self._read(index), f"record {index}"))
         (image,), (label,) = features["image"].bytes_list.value or [b""], features["label"].int64_list.value or [-1]
         return {"image": image, "label": label}
 
     def file_name(self, index: int, /) -> str:
-        names = self._features(index)["file_name"].bytes_list.value
+        try:
+            names = _features(self._read(index))["file_name"].bytes_list.value
+        except RuntimeError:
+            return ""
         return os.fsdecode(names[0]) if names else ""
 
-    def _features(self, index: int) -> Mapping[str, Any]:
+    def _read(self, index: int) -> bytes:
+        records = self._records
         try:
-            record = self.records[index]
-        except RuntimeError:  # ArrayRecord's word for a record that is not what was written, or a file that vanished
-            record = b""
-        return tf_example_pb2.Example.FromString(record).features.feature
+            return records[index]
+        except RuntimeError:  # ArrayRecord's
+            # It keeps a file that did not open as one that never will: a copy opens its files anew.
+            again = copy.copy(records)
+            again.data_source = copy.copy(records.data_source)
+            self._records = again
+            raise
+
+
+def _features(record: bytes) -> Mapping[str, Any]:
+    return tf_example_pb2.Example.FromString(record).features.feature
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,15 +26,11 @@ from sret_jax.training.step import (
 from sret_jax.weights.store import load_variables
 
 
-def open_sources(config: ConfigDict) -> tuple[Source, Source]:
-    """The training and the evaluation split."""
+def open_split(config: ConfigDict, split: str) -> Source:
+    """A split of the data that the config names."""
     data = config.data
     image_size = config.model.image_size or create_model(config.model.name).image_size
-    train_source, eval_source = (
-        open_source(data.source, split, data.path, image_size=image_size, length=data.synthetic_examples)
-        for split in (data.train_split, data.eval_split)
-    )
-    return train_source, eval_source
+    return open_source(data.source, split, data.path, image_size=image_size, length=data.synthetic_examples)
 
 
 def make_model(config: ConfigDict, num_classes: int) -> SReT:

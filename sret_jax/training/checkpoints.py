@@ -37,20 +37,23 @@ class Checkpoints:
     call every method, and all see the same workdir.
     """
 
-    def __init__(self, workdir: str, *, keep: int, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, workdir: str, *, keep: int, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> None:
         """Open the checkpoints of a workdir, which is made if it does not exist, for this run alone.
 
         Args:
           workdir: the run's folder.
           keep: how many of the latest checkpoints stay.
           identity: what decides on the run's result, by name, as JSON gives it back.
+          defaults: what a name stands for in an identity that does not have it: one of before that name was thought of.
 
         Raises:
-          UserError: the workdir belongs to a run with another identity or is in use, or cannot be written to.
+          UserError: the workdir has checkpoints of another identity, is in use, or cannot be written to.
         """
         self._workdir = Path(workdir).absolute()
         self._folder = self._workdir / "checkpoints"
-        on_first_host(lambda: self._claim(dict(identity)))
+        on_first_host(lambda: self._claim(dict(identity), dict(defaults or {})))
         self._merits = {
             int(path.parents[1].name): merit
             for path in self._folder.glob("*/evaluation/metadata")
@@ -154,7 +157,7 @@ class Checkpoints:
         with naming_orbax(self._workdir):
             self._manager.wait_until_finished()
 
-    def _claim(self, identity: dict[str, Any]) -> None:
+    def _claim(self, identity: dict[str, Any], defaults: dict[str, Any]) -> None:
         with naming(self._workdir):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self._workdir / ".lock").open("w")
@@ -163,7 +166,11 @@ class Checkpoints:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another run is using the workdir {self._workdir}: stop it, or give another") from error
-        self._check_identity(identity)
+        file = self._workdir / "config.json"
+        if any(path.name.isdigit() for path in self._folder.iterdir()):
+            self._check_identity(file, identity, defaults)
+        else:  # whatever was begun here, nothing came of it
+            replace(file, json.dumps(identity, indent=2) + "\n")
 
     def _seal(self) -> None:
         (unnamed,) = self._folder.glob("*.orbax-checkpoint-tmp*")
@@ -173,20 +180,16 @@ class Checkpoints:
         with naming(self._workdir):
             reserve(self._workdir / ".space", size)
 
-    def _check_identity(self, identity: dict[str, Any]) -> None:
-        file = self._workdir / "config.json"
+    def _check_identity(self, file: Path, identity: dict[str, Any], defaults: dict[str, Any]) -> None:
         if not file.exists():
-            if any(path.name.isdigit() for path in self._folder.iterdir()):
-                raise UserError(
-                    f"{file} is missing, so nothing says what the checkpoints beside it belong to: put it back, or "
-                    "give another workdir"
-                )
-            replace(file, json.dumps(identity, indent=2) + "\n")
-            return
+            raise UserError(
+                f"{file} is missing, so nothing says what the checkpoints beside it belong to: put it back, or "
+                "give another workdir"
+            )
         with naming(file):
             text = file.read_text(encoding="utf-8")
         try:
-            there = dict(json.loads(text))
+            there = {**defaults, **json.loads(text)}
         except (TypeError, ValueError) as error:
             raise UserError(f"{file} is damaged: put it back as it was, or give another workdir") from error
         differences = [
@@ -230,6 +233,16 @@ class Checkpoints:
         on_first_host(move)
         self._manager.reload()
         return str(target)
+
+
+def began_with(workdir: str) -> str:
+    """`config.init_from` of the run in a workdir; empty if it began at random, or has no checkpoint yet."""
+    try:
+        there = json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))
+        has_checkpoints = any(path.name.isdigit() for path in (Path(workdir) / "checkpoints").iterdir())
+        return there["config.init_from"] if has_checkpoints else ""
+    except (OSError, ValueError, TypeError, LookupError):
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,19 @@
 """How a run's report looks: a progress bar on a terminal, and lines anywhere."""
 
 import datetime
+import os
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+class RunConsole(Console):
+    """Where a run prints. Its reader may go before it ends: Rich would end the program then."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by Rich."""
+        _send_nowhere(self)
 
 
 class Display:
@@ -32,7 +41,10 @@ class Display:
 
     def close(self) -> None:
         """Leaves the bar as it is; what follows stands below it."""
-        self._bar.stop()
+        try:
+            self._bar.stop()
+        except OSError:
+            _send_nowhere(self._console)
 
     def move(self, step: int, time_left: str) -> None:
         """The bar is at `step`."""
@@ -43,18 +55,30 @@ class Display:
         self._bar.update(self._task, numbers="  ".join(texts))
 
     def line(self, *parts: str) -> None:
-        """Prints a line of the parts that are not empty, above the bar."""
+        """Prints a line of the parts that are not empty, above the bar; nothing if nobody is there any more.
+
+        A terminal may be closed and a disk be full while a run goes on: the metrics are in files of their own.
+        """
         text = "  ".join(filter(None, parts))
-        if self.is_plain:
-            print(text, file=self._console.file, flush=True)
-        else:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        try:
+            if self.is_plain:
+                print(text, file=self._console.file, flush=True)
+            else:
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except OSError:
+            _send_nowhere(self._console)
 
     def block(self, facts: Mapping[str, object]) -> None:
         """Prints a line for each fact, aligned."""
         width = max(map(len, facts))
         for name, fact in facts.items():
             self.line(f"{words(name):{width}}", text_of(fact))
+
+
+def _send_nowhere(console: Console) -> None:
+    """Else what is still to be printed would fail too, at the latest when Python ends."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), console.file.fileno())
 
 
 def words(name: str) -> str:

@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 from sret_jax.data.pipeline import eval_batches
 from sret_jax.data.sources import Source
 from sret_jax.models.sret import SReT
-from sret_jax.training.build import make_model, open_sources, warnings_to
+from sret_jax.training.build import make_model, open_split, warnings_to
+from sret_jax.training.checkpoints import began_with
 from sret_jax.training.config import check_config
-from sret_jax.training.distributed import compile_everywhere
+from sret_jax.training.distributed import check_agreement, compile_everywhere
 from sret_jax.training.mesh import abstract_batch, local_rows, make_mesh, place, put_batch, replicated
 from sret_jax.training.step import Metrics, TrainState, make_eval_step
 from sret_jax.weights.store import load_variables
@@ -23,6 +24,9 @@ Evaluate = Callable[[Mapping[str, Any]], dict[str, float]]
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Evaluate the weights that `config.init_from` names, or those of the workdir's last checkpoint.
+
+    A run that began with the weights of `config.init_from` counts for more than they: after fine-tuning, the command of
+    the run with `mode=eval` evaluates what came out of it.
 
     Args:
       config: as for `train`.
@@ -36,9 +40,11 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     """
     check_config(config)
     mesh = make_mesh(config.mesh, config.batch_size)
-    _, source = open_sources(config)
+    source = open_split(config, config.data.eval_split)
+    check_agreement("the test images", source.digest())
     model = make_model(config, source.num_classes)
-    path = config.init_from or workdir
+    is_fine_tuned = config.init_from and began_with(workdir) == config.init_from
+    path = workdir if is_fine_tuned else config.init_from or workdir
     with warnings_to(print):
         variables = load_variables(path, model, ema=config.init_ema)
     variables = place(variables, jax.tree.map(lambda _: replicated(mesh), variables))

@@ -13,10 +13,10 @@ from sret_jax.data.sources import Source
 from sret_jax.models.cost import count_macs, count_params
 from sret_jax.models.sret import SReT
 from sret_jax.models.zoo import create_model
-from sret_jax.training.build import initial_state, make_model, make_training, open_sources, training_batches
+from sret_jax.training.build import initial_state, make_model, make_training, open_split, training_batches
 from sret_jax.training.checkpoints import Checkpoints
-from sret_jax.training.config import check_config, identity
-from sret_jax.training.distributed import compile_everywhere
+from sret_jax.training.config import base_config, check_config, identity
+from sret_jax.training.distributed import check_agreement, compile_everywhere
 from sret_jax.training.evaluation import evaluate_state, make_evaluation
 from sret_jax.training.mesh import abstract_batch, local_rows, make_mesh, put_batch
 from sret_jax.training.preemption import Preempted, Preemption
@@ -45,7 +45,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """
     check_config(config)
     mesh = make_mesh(config.mesh, config.batch_size)
-    train_source, eval_source = open_sources(config)
+    train_source, eval_source = (
+        open_split(config, split) for split in (config.data.train_split, config.data.eval_split)
+    )
+    check_agreement("the training and test images", train_source.digest() + eval_source.digest())
     model = make_model(config, train_source.num_classes)
     epoch_steps = steps_per_epoch(train_source, config.batch_size)
     total_steps = epoch_steps * config.epochs
@@ -58,7 +61,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         "classes": model.num_classes,
     }
 
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, identity=what_decides)
+    checkpoints = Checkpoints(
+        workdir, keep=config.checkpoint.keep, identity=what_decides, defaults=identity(base_config())
+    )
     with checkpoints, Preemption() as preemption:
         said: list[str] = []
         restored = checkpoints.restore_latest(like, said.append)
@@ -77,6 +82,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             report.start(**_facts(config, model, mesh, train_source, eval_source))
             for message in said:
                 report.message(message)
+            if config.optimizer.warmup_epochs >= config.epochs:
+                report.message(
+                    f"the warm-up of {config.optimizer.warmup_epochs:g} epochs (config.optimizer.warmup_epochs) takes "
+                    "the whole run: the learning rate rises until its end"
+                )
             if first_step == total_steps:
                 report.message("this run is finished: nothing is left to train")
             else:

@@ -8,7 +8,7 @@ import jax
 from jax.experimental import multihost_utils
 
 EXIT_STATUS = 128 + signal.SIGTERM
-"""What a process that SIGTERM ended exits with; schedulers know from it that the run is to be started again."""
+"""What a process that SIGTERM ended exits with: what is to be started again can tell by it."""
 
 
 class Preempted(Exception):

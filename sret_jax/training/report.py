@@ -21,7 +21,7 @@ from rich.console import Console
 from sret_jax.errors import UserError
 from sret_jax.files import replace
 from sret_jax.training.curves import draw_curves
-from sret_jax.training.display import Display, duration, text_of, words
+from sret_jax.training.display import Display, RunConsole, duration, text_of, words
 from sret_jax.training.records import Records, facts_path, metrics_path, read_metrics
 from sret_jax.training.weights_and_biases import open_wandb_run
 
@@ -81,7 +81,7 @@ class Report:
         self._wandb_run: Any = None
         self._active = active
         self._clock = clock
-        self._display = Display(console or Console(), total_steps, first_step)
+        self._display = Display(console or RunConsole(), total_steps, first_step)
         self._began_at = clock()
         self._first_tick: tuple[int, float] | None = None  # step and time at the end of the first step
         self._interval_start: tuple[int, float] | None = None  # from where images per second are counted

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sret_jax.data.folder import FolderExamples, list_folder
+from sret_jax.data.reading import UnreadableError
 from sret_jax.errors import UserError
 
 
@@ -24,23 +25,46 @@ def _listed(examples: FolderExamples) -> list[tuple[str, int]]:
     ]
 
 
-def test_images_are_sorted_by_class_then_folder_then_name(tmp_path: Path) -> None:
+def test_the_images_are_all_that_lie_in_a_class_and_are_not_hidden(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _touch(tmp_path, "train/b/2.jpg", "train/b/10.JPEG", "train/a/z.Png", "train/B/1.webp", "train/b/more/0.jpg")
     _touch(tmp_path, *(f"train/b/deep/{number}.jpg" for number in range(40)))
-    _touch(tmp_path, "train/a/notes.txt", "train/a/jpg", "train/readme.jpg", "elsewhere/1.tiff")
+    _touch(tmp_path, "train/readme.jpg", "elsewhere/1.tiff", "train/b/_.jpg")
+    _touch(tmp_path, "train/b/._2.jpg", "train/b/.thumbs/2.jpg", "train/.cache/2.jpg", "train/@eaDir/b/2.jpg")
     (tmp_path / "train" / "c").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "train" / "empty").mkdir()
     examples = list_folder(str(tmp_path), "train")
-    assert examples.class_names == ("B", "a", "b", "c", "empty")
-    assert _listed(examples) == [
+    assert examples.class_names == ("B", "a", "b", "c")
+    assert sorted(_listed(examples)) == [
         ("train/B/1.webp", 0),
         ("train/a/z.Png", 1),
         ("train/b/10.JPEG", 2),
         ("train/b/2.jpg", 2),
+        ("train/b/_.jpg", 2),
         *((f"train/b/deep/{number}.jpg", 2) for number in sorted(range(40), key=str)),
         ("train/b/more/0.jpg", 2),
         ("train/c/1.tiff", 3),
     ]
+    assert not caplog.messages
+
+
+def test_files_that_are_no_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _touch(tmp_path, "train/a/1.jpg", "train/a/2.gif", "train/b/jpg", "train/b/2.jpg")
+    assert len(list_folder(str(tmp_path), "train")) == 2
+    (message,) = caplog.messages
+    assert message.startswith(f"2 files in {tmp_path}/train are left out, such as train/a/2.gif: images are those")
+
+
+def test_any_part_of_a_split_has_all_classes_and_others_keep_their_order_when_one_is_added(tmp_path: Path) -> None:
+    _touch(tmp_path, *(f"train/{name}/{number}.jpg" for name in "abcd" for number in range(100)))
+    for part in ("train[:25%]", "train[40%:50%]", "train[-40:]"):
+        counts = np.bincount(list_folder(str(tmp_path), part).labels, minlength=4)
+        # Hypergeometric: of 40 of a class of a quarter, 10 are expected, with a standard deviation of 2.6.
+        assert (abs(counts / counts.sum() - 0.25) < 0.2).all(), counts
+    before = _listed(list_folder(str(tmp_path), "train"))
+    _touch(tmp_path, "train/b/another.jpg")
+    after = _listed(list_folder(str(tmp_path), "train"))
+    assert [example for example in after if example != ("train/b/another.jpg", 1)] == before != sorted(before)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"])
@@ -92,12 +116,15 @@ def test_only_the_splits_asked_for_are_listed(tmp_path: Path) -> None:
     assert len(list_folder(str(tmp_path), "train[:1]")) == 1
 
 
-def test_a_file_that_vanished_is_an_empty_image(tmp_path: Path) -> None:
+def test_a_file_that_vanished_is_unreadable(tmp_path: Path) -> None:
     _touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg")
     examples = list_folder(str(tmp_path), "train")
+    (vanished,) = np.flatnonzero(examples.labels == 1)
     (tmp_path / "train/b/2.jpg").unlink()
-    assert [examples[0], examples[1]] == [{"image": b"train/a/1.jpg", "label": 0}, {"image": b"", "label": 1}]
-    assert examples.file_name(1) == str(tmp_path / "train/b/2.jpg")
+    assert examples[1 - vanished] == {"image": b"train/a/1.jpg", "label": 0}
+    with pytest.raises(UnreadableError, match=r"^No such file or directory$"):
+        examples[vanished]
+    assert examples.file_name(vanished) == str(tmp_path / "train/b/2.jpg")
 
 
 def test_names_need_not_be_text(tmp_path: Path) -> None:
@@ -127,6 +154,11 @@ def test_examples_are_sent_in_little_more_than_their_names(tmp_path: Path) -> No
         (["train/a/1.jpg"], "train[:2]", r"no split 'train\[:2\]'.*incompatible with 1 examples"),
         (["train/a/1.jpg"], "train[:", r"no split 'train\[:'"),
         (["train/a/1.jpg"], "train[1:]", r"no image in .*'train\[1:\]'.*\.jpeg"),
+        (
+            ["train/a/1.jpg", "train/b/1.txt", "train/c/1.txt"],
+            "train[:1]",
+            r"/train/b holds no image, nor do 1 others of its kind\. Expected some of each of the 3 classes",
+        ),
         (["train/a/1.txt"], "train", r"no image in .*'train'.*train/<class>/<image>.*\.jpeg"),
         (["train/a/1.jpg", "val/1.jpg"], "val", r"no image in .*'val'.*val/<class>/<image>"),
         (

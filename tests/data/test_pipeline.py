@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -215,6 +217,17 @@ def test_a_broken_image_is_reported_by_the_name_of_its_file(caplog: pytest.LogCa
     source = Source(NamedExamples([good, {"image": b"", "label": 0}]), 1, "named")
     list(eval_batches(source, batch_size=2, image_size=8))
     assert "folder/1.jpg is left out: it is empty" in caplog.messages
+
+
+def test_what_the_disk_does_not_give_is_reported_with_its_reason(
+    image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    source = open_source("folder", "val", str(folder))
+    (folder / "val" / "cat" / "cat_1.JPEG").unlink()
+    (batch,) = eval_batches(source, batch_size=6, image_size=8)
+    assert batch["mask"].sum() == 5
+    assert f"{folder}/val/cat/cat_1.JPEG is left out: it cannot be read: No such file or directory" in caplog.messages
 
 
 def test_more_broken_images_than_allowed_are_the_users_error() -> None:

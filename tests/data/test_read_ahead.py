@@ -91,8 +91,25 @@ def test_a_worker_ends_when_its_parent_is_killed() -> None:
 def test_too_little_shared_memory_for_the_workers_is_the_users_error(
     load: Callable[[Sequence[int]], list[Example]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage("/")._replace(free=64_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    start(load, num_workers=2, batch_size=50, example_bytes=150_000)
+    leave(monkeypatch, 64_000_000, 64_000_000)
+    start(load, num_workers=2, batch_size=50, num_batches=3, example_bytes=150_000)
     with pytest.raises(UserError, match=r"has 64 MB left, but the worker processes need 72 MB.*--shm-size"):
-        start(load, num_workers=2, batch_size=60, example_bytes=150_000)
+        start(load, num_workers=2, batch_size=60, num_batches=3, example_bytes=150_000)
+
+
+def test_training_takes_no_shared_memory_that_its_evaluations_will_need(
+    load: Callable[[Sequence[int]], list[Example]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of the whole, training holds four batches a worker and what comes with them when the evaluation begins.
+    whole, held = 2 * 9 * 50 * 150_000, int(2 * 4.1 * 50 * 150_000)
+    leave(monkeypatch, whole - 1, whole, whole - held)
+    with pytest.raises(UserError, match="the worker processes need 135 MB"):
+        start(load, num_workers=2, batch_size=50, example_bytes=150_000)
+    start(load, num_workers=2, batch_size=50, example_bytes=150_000)
+    start(load, num_workers=2, batch_size=50, num_batches=3, example_bytes=150_000)
+
+
+def leave(monkeypatch: pytest.MonkeyPatch, *free: int) -> None:
+    """Let the disk have so many bytes free at one question, and so many at the next."""
+    usage, answers = shutil.disk_usage("/"), list(free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=answers.pop(0)))

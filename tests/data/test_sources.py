@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from sret_jax.data import digits, sources
+from sret_jax.data.reading import UnreadableError
 from sret_jax.data.sources import open_source
 from sret_jax.errors import UserError
 
@@ -222,16 +223,76 @@ def test_a_dataset_that_cannot_be_read_in_random_order_is_the_users_error(digits
         open_source("records", "train", str(tmp_path))
 
 
-def test_a_damaged_record_is_an_empty_image_without_a_label(digits_folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_record_is_unreadable_at_once(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", None)
     shutil.copytree(digits_folder / "digits", tmp_path / "digits")
     (file,) = tmp_path.rglob("*train.array_record*")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     sound, damaged = (open_source("digits", "train", str(folder)).examples for folder in [digits_folder, tmp_path])
-    (broken,) = [index for index in range(len(sound)) if damaged[index] != sound[index]]
-    assert damaged[broken] == {"image": b"", "label": -1}
-    assert damaged.file_name(broken) == ""
+    broken = []
+    for index in range(len(sound)):
+        try:
+            assert damaged[index] == sound[index]
+        except UnreadableError as error:
+            assert "Corrupted" in str(error)
+            broken.append(index)
+    assert len(broken) == 1
+    assert damaged.file_name(broken[0]) == ""
+
+
+def test_a_file_that_could_not_be_opened_for_a_while_is_read_later(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(digits_folder / "digits", tmp_path / "digits")
+    (file,) = tmp_path.rglob("*train.array_record*")
+    examples = open_source("digits", "train", str(tmp_path)).examples
+    away = file.rename(tmp_path / "away")
+    with pytest.raises(UnreadableError, match=r"open\(\) failed: No such file or directory"):
+        examples[7]
+    # In its place something of which the system says what it says of a network disk that hangs.
+    file.symlink_to(tmp_path / "name too long")
+    (tmp_path / "name too long").symlink_to(file)
+    monkeypatch.setattr("sret_jax.data.reading._LASTING", ())
+    pauses = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            file.unlink()
+            away.rename(file)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert examples[7] == open_source("digits", "train", str(digits_folder)).examples[7]
+    assert pauses == [0.1, 1.0]
+
+
+def test_a_dataset_may_have_more_files_than_a_process_usually_opens(digits_folder: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
+        open_source("digits", "train", str(digits_folder))
+        allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert most == before[1]
+        assert allowed == 65_536 or allowed == most
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_digest_tells_other_data_apart(image_folder: Path, tmp_path: Path) -> None:
+    whole, again, part = (
+        open_source("folder", split, str(image_folder)).digest() for split in ("train", "train", "train[:35]")
+    )
+    assert whole == again != part
+    copied = shutil.copytree(image_folder, tmp_path / "images")
+    assert open_source("folder", "train", str(copied)).digest() == whole
+    (copied / "train" / "ant" / "ant_1.JPEG").rename(copied / "train" / "ant" / "ant_100.JPEG")
+    assert open_source("folder", "train", str(copied)).digest() != whole
+    classes = [open_source("synthetic", "train", num_classes=number).digest() for number in (3, 4)]
+    assert len({whole, part, *classes}) == 4
 
 
 def test_a_dataset_that_lacks_a_file_is_the_users_error(digits_folder: Path, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import pathlib
@@ -225,6 +226,24 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot read or write .*file"):
         open_checkpoints(tmp_path / "file" / "run")
+
+
+def test_a_workdir_without_checkpoints_can_begin_as_another_run(tmp_path):
+    # Such as a smaller batch, after the first one did not fit into memory.
+    with open_checkpoints(tmp_path):
+        pass
+    with open_checkpoints(tmp_path, {"config.seed": 1}):
+        assert json.loads((tmp_path / "config.json").read_text()) == {"config.seed": 1}
+
+
+def test_a_run_from_before_a_key_was_thought_of_goes_on_if_the_key_changes_nothing(workdir):
+    for value in (0, 1):
+        newer, defaults = (
+            {**IDENTITY, "config.new": value},
+            {"config.new": 0, "config.model.name": "", "config.seed": 5},
+        )
+        with pytest.raises(UserError, match=r"config\.new is 0 there, 1 now") if value else contextlib.nullcontext():
+            Checkpoints(str(workdir), keep=2, identity=newer, defaults=defaults).__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("content", ["", "[1", "3"])

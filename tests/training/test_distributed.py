@@ -90,5 +90,5 @@ def test_hosts_that_mean_different_data_are_refused(monkeypatch):
         "sret_jax.training.distributed.multihost_utils.process_allgather", lambda digest: gathered[chr(digest[0])]
     )
     check_agreement("the images", "a")
-    with pytest.raises(UserError, match="the images of process 1 are not those of process 0. Expected the same"):
+    with pytest.raises(UserError, match=r"the images of process 1 are not those of process 0\. Expected the same"):
         check_agreement("the images", "b")

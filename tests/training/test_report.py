@@ -5,6 +5,8 @@ import json
 import math
 import resource
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sret_jax.errors import UserError
 from sret_jax.training.curves import SIZE, draw_curves
+from sret_jax.training.records import read_metrics
 from sret_jax.training.report import Report, learning_curves
 
 TRAIN = {"loss": 1.5, "learning_rate": 3e-4}
@@ -463,3 +466,28 @@ def test_a_full_disk_ends_the_run_with_the_name_of_the_file(tmp_path: Path, log:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     with report_of(tmp_path, first_step=30, console=log):
         assert 5 < len(records_in(tmp_path)) < 30
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path: Path, terminal: bool) -> None:
+    script = (
+        "import sys; from sret_jax.training.display import RunConsole; from sret_jax.training.report import Report\n"
+        f"console = RunConsole(file=sys.stdout, force_terminal={terminal})\n"
+        "sizes = dict(total_steps=40, first_step=0, steps_per_epoch=20, batch_size=8)\n"
+        f"with Report({str(tmp_path / 'run')!r}, console=console, **sizes) as report:\n"
+        "    report.start(model='sret_t')\n"
+        "    sys.stdin.readline()\n"
+        "    for step in (20, 40):\n"
+        "        report.message('a line'); report.evaluation(step, {'accuracy': 0.5, 'loss': 1.0})\n"
+        "print('the end')"
+    )
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin and process.stdout and process.stderr
+    assert process.stdout.readline()
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    errors = process.stderr.read().decode()
+    assert (process.wait(), errors) == (0, "")
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [20, 40]

@@ -241,20 +241,33 @@ def test_the_moving_average_is_that_of_all_variables():
     assert_close(jax.device_get(state.ema), expected)
 
 
+def with_an_infinite_bias(params):
+    params["head"]["bias"] = params["head"]["bias"].at[3].set(np.inf)
+
+
+def with_a_steep_head(params):
+    """The logits stay as they were, but the gradient of the scale is so large that its square is infinite."""
+    params["head"]["kernel"] *= 1e25
+    params["norm"]["scale"] *= 1e-25
+    params["norm"]["bias"] *= 1e-25
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(accumulation):
     mesh, optimizer = one_device(), adamw(LEARNING_RATE, weight_decay=0.05)
     options = {"accumulation": accumulation, "ema_decay": 0.9}
     train_step = make_train_step(SMALL, optimizer, lambda step: step + 1.0, Augmentation(), 0, mesh, **options)
     good = init_state(SMALL, optimizer, 0, mesh, ema=True)
-    bad = jax.tree.map(jnp.copy, good)
-    bad.params["head"]["bias"] = bad.params["head"]["bias"].at[3].set(np.inf)
-    before = jax.device_get(bad)
-    after, metrics = train_step(bad, put_batch(random_batch(0), mesh))
-    assert (int(after.step), int(after.skipped), float(metrics["skipped"])) == (1, 1, 1.0)
-    assert not np.isfinite(metrics["loss"])
-    unchanged = before.replace(step=after.step, skipped=after.skipped)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(unchanged))
+    for spoil, loss_is_finite in ((with_an_infinite_bias, False), (with_a_steep_head, True)):
+        bad = jax.tree.map(jnp.copy, good)
+        spoil(bad.params)
+        before = jax.device_get(bad)
+        after, metrics = train_step(bad, put_batch(random_batch(0), mesh))
+        assert (int(after.step), int(after.skipped), float(metrics["skipped"])) == (1, 1, 1.0)
+        assert np.isfinite(metrics["loss"]) == loss_is_finite
+        assert not np.isfinite(metrics["gradient_norm"])
+        unchanged = before.replace(step=after.step, skipped=after.skipped)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(unchanged))
 
     # The next good step has the rate of the one that was skipped.
     mended = good.replace(step=after.step, skipped=after.skipped)
