@@ -1,5 +1,6 @@
 """Train or evaluate an SReT: `python train.py --config=configs/digits.py [--workdir=...] [--config.any.key=value]`."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def main(argv: list[str]) -> None:
     workdir = _WORKDIR.value or f"runs/{Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem}"
     check_config(config)
     connect(config.distributed)
+    if config.mode == "eval":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which `connect` may have taken over: here is nothing to save
     try:
         (evaluate if config.mode == "eval" else train)(config, workdir)
     except Preempted as end:

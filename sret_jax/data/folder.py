@@ -182,9 +182,9 @@ def _image_names(folder: str, class_folder: str) -> tuple[np.ndarray, list[str]]
         if os.path.commonpath([target, parent]) == target:
             raise UserError(f"{inside} is a symbolic link to a folder around it. Expected no circles: remove the link")
         folders[:] = filter(_is_shown, folders)
+        inside = os.path.relpath(inside, folder)
         for file in filter(_is_shown, files):
-            path = os.path.join(os.path.relpath(inside, folder), file)
-            (names if file.lower().endswith(_IMAGE_SUFFIXES) else others).append(path)
+            (names if file.lower().endswith(_IMAGE_SUFFIXES) else others).append(f"{inside}/{file}")
     return np.array([os.fsencode(name) for name in sorted(names)], np.bytes_), others
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sret_jax import UserError
-from sret_jax.training.checkpoints import Checkpoints
+from sret_jax.training.checkpoints import Checkpoints, began_with
 from sret_jax.training.mesh import make_mesh, replicated
 from sret_jax.training.step import TrainState
 
@@ -244,6 +244,15 @@ def test_a_run_from_before_a_key_was_thought_of_goes_on_if_the_key_changes_nothi
         )
         with pytest.raises(UserError, match=r"config\.new is 0 there, 1 now") if value else contextlib.nullcontext():
             Checkpoints(str(workdir), keep=2, identity=newer, defaults=defaults).__exit__(None, None, None)
+
+
+def test_a_workdir_tells_what_its_run_began_with(workdir, tmp_path):
+    assert [began_with(str(where)) for where in (workdir, tmp_path / "nowhere")] == ["", ""]
+    (workdir / "config.json").write_text(json.dumps({**IDENTITY, "config.init_from": "a.pth"}))
+    assert began_with(str(workdir)) == "a.pth"
+    for step in ("20", "30"):
+        shutil.rmtree(workdir / "checkpoints" / step)
+    assert began_with(str(workdir)) == ""
 
 
 @pytest.mark.parametrize("content", ["", "[1", "3"])

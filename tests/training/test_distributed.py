@@ -47,40 +47,58 @@ SLURM = {
 }
 
 
-def connected(**variables):
-    """What a process of its own says of its devices after `connect`, and its errors."""
+@pytest.fixture
+def plain(monkeypatch):
+    """No variable of a cluster is set."""
+    for name in os.environ:
+        if name.startswith(("SLURM_", "OMPI_", "PMI_", "JAX_LOCAL_", "KUBERNETES_", "JOB_COMPLETION_")):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_the_only_process_of_a_host_takes_all_its_devices(plain):
     script = (
         "import jax; from sret_jax.training.config import base_config; from sret_jax.training import distributed\n"
-        "try: distributed.connect(base_config().distributed)\n"
-        "except distributed.UserError as error: print('error:', error)\n"
+        "distributed.connect(base_config().distributed)\n"
         "print(jax.config.values['jax_cuda_visible_devices'], jax.process_count())"
     )
-    cluster = ("SLURM_", "OMPI_", "PMI_", "JAX_", "KUBERNETES_", "JOB_COMPLETION_")
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(cluster)}
-    result = subprocess.run(
-        [sys.executable, "-c", script], env={**plain, **variables}, capture_output=True, text=True, check=True
-    )
-    return result.stdout.strip()
+    environment = {**os.environ, **SLURM, "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "all 1"
 
 
 @pytest.mark.parametrize(
-    ("variables", "visible"),
+    ("variables", "devices"),
     [
-        (SLURM, "all"),
-        # Several processes on one host take a device each, unless something else is said.
-        ({**SLURM, "SLURM_STEP_NUM_TASKS": "2"}, "0"),
-        ({**SLURM, "JAX_LOCAL_DEVICE_IDS": "2,3"}, "2,3"),
+        (SLURM, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+        # Several processes on one host take a device each, as JAX has it, and so does who says so.
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "2"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, None),
+        ({**SLURM, "JAX_LOCAL_DEVICE_IDS": "2,3"}, None),
+        ({}, None),
     ],
 )
-def test_the_only_process_of_a_host_takes_all_its_devices(variables, visible):
-    assert connected(JAX_PLATFORMS="cpu", **variables) == f"{visible} 1"
+@pytest.mark.parametrize("given", [{}, {"coordinator": "localhost:1234", "processes": 2, "process": 0}])
+def test_a_process_takes_the_devices_that_no_other_one_takes(plain, variables, devices, given):
+    called = []
+    plain.setattr("jax.distributed.initialize", lambda *place, local_device_ids: called.append(local_device_ids))
+    for name, value in variables.items():
+        plain.setenv(name, value)
+    connect(settings(**given))
+    assert called == [devices]
 
 
-@pytest.mark.parametrize("sign", [{"OMPI_COMM_WORLD_SIZE": "4"}, {"JOB_COMPLETION_INDEX": "3"}])
-def test_one_of_several_processes_does_not_take_itself_for_all(sign):
-    said = connected(JAX_PLATFORMS="cpu", **sign)
-    assert said.startswith("error: this process is one of several")
-    assert "give config.distributed.coordinator" in said
+@pytest.mark.parametrize("sign", ["OMPI_COMM_WORLD_SIZE=4", "PMI_SIZE=2", "JOB_COMPLETION_INDEX=3"])
+def test_one_of_several_processes_does_not_take_itself_for_all(plain, sign):
+    def found_no_cluster(**arguments):
+        raise ValueError("coordinator_address should be defined.")
+
+    plain.setattr("jax.distributed.initialize", found_no_cluster)
+    connect(settings())
+    plain.setenv(*sign.split("="))
+    with pytest.raises(UserError, match=rf"one of several \({sign}\).* give config\.distributed\.coordinator"):
+        connect(settings())
 
 
 def test_hosts_that_mean_different_data_are_refused(monkeypatch):

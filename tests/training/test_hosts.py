@@ -1,5 +1,6 @@
 """Several processes as hosts of one run: the training of one process, and kills that cost nothing but time."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -39,7 +40,7 @@ CONFIG = (
 
 @pytest.fixture(scope="module")
 def start(environment):
-    """Starts the processes of a run; their output goes to `WORKDIR.log.PROCESS`."""
+    """Starts the processes of a run; their output goes to `WORKDIR.log.PROCESS`, and HOST in flags is their number."""
 
     def start(workdir, hosts, devices_a_host, *flags):
         with socket.socket() as free:
@@ -60,7 +61,7 @@ def start(environment):
                             "train.py",
                             *CONFIG,
                             f"--workdir={workdir}",
-                            *flags,
+                            *(flag.replace("HOST", str(host)) for flag in flags),
                             *(place if hosts > 1 else ()),
                         ],
                         cwd=ROOT,
@@ -150,6 +151,22 @@ def test_only_the_first_host_writes_and_speaks(two_of_two):
 
 def test_two_hosts_evaluate_every_image_once(two_of_two):
     assert [record["examples"] for record in evaluations(two_of_two)] == [72, 72]
+
+
+def test_hosts_whose_images_differ_are_refused_on_all(start, folder):
+    for host, names in enumerate((("1", "2", "3"), ("1", "2", "4"))):
+        for split, name in itertools.product(("train", "val"), names):
+            image = folder / f"images_of_{host}" / split / "a" / f"{name}.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(b"")
+    splits = ("--config.data.train_split=train", "--config.data.eval_split=val", "--config.batch_size=2")
+    images = ("--config.data.source=folder", f"--config.data.path={folder}/images_of_HOST")
+    processes = start(folder / "differing", 2, 1, *images, *splits)
+    assert [process.wait(timeout=300) for process in processes] == [1, 1]
+    for host in range(2):
+        log = (folder / f"differing.log.{host}").read_text()
+        assert "error: the training and test images of process 1 are not those of process 0" in log
+    assert not (folder / "differing" / "config.json").exists()
 
 
 def told_to_end(processes, workdir, step):

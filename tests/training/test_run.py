@@ -243,16 +243,15 @@ def test_fine_tuning_starts_from_other_weights_with_the_position_embedding_resiz
     result = train(tmp_path / "run", *flags, *frozen, "--config.batch_size=1437")
     assert result.returncode == 0, result.stderr
     assert "the position embedding was resized from 32 to 64 pixels" in result.stdout
-    assert "the warm-up" not in result.stdout
+    assert "the warm-up of 1 epochs (config.optimizer.warmup_epochs) takes the whole run" in result.stdout
     variables, before = (load_variables(path)["params"] for path in (tmp_path / "run", workdir))
     assert variables.pop("pos_embed").shape == (8, 8, 8) and before.pop("pos_embed").shape == (4, 4, 8)
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
-    # The same command evaluates what came out of it, in another workdir what it began with.
-    for where, weights in ((tmp_path / "run", tmp_path / "run"), (tmp_path / "unused", workdir)):
-        result = train(where, *flags, "--config.mode=eval", "--config.batch_size=48")
-        assert result.returncode == 0, result.stderr
-        assert f"weights        {weights}\n" in result.stdout
+    # The same command evaluates what came out of it; in a workdir without a run, what it began with (tested above).
+    result = train(tmp_path / "run", *flags, "--config.mode=eval", "--config.batch_size=48")
+    assert result.returncode == 0, result.stderr
+    assert f"weights        {tmp_path / 'run'}\n" in result.stdout
 
 
 def test_weights_that_do_not_exist_are_named(train, tmp_path):
