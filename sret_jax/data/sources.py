@@ -16,7 +16,7 @@ from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sret_jax.data.digits import write_digits_once
-from sret_jax.data.folder import FolderExamples, list_folder
+from sret_jax.data.folder import list_folder
 from sret_jax.data.reading import read_patiently
 from sret_jax.errors import UserError
 
@@ -46,19 +46,18 @@ class Source:
       num_classes: labels are in `range(num_classes)`.
       name: dataset and split, as messages show it.
       class_names: in the order of the labels. Where a dataset has none, `open_source` gives their numbers.
+      files: a hash of the names of its files, without folders above the dataset's own, and of what is read of them.
     """
 
     examples: Examples
     num_classes: int
     name: str
     class_names: tuple[str, ...] = ()
+    files: str = ""
 
     def digest(self) -> str:
-        """64 letters that tell apart splits of other lengths, classes or, where these are known, files."""
-        digest = hashlib.sha256(repr((len(self.examples), self.num_classes, self.class_names)).encode())
-        if isinstance(self.examples, FolderExamples):
-            digest.update(b"\n".join(self.examples.names.tolist()))
-        return digest.hexdigest()
+        """64 letters that tell apart splits of other lengths, classes or files."""
+        return _hash(repr((len(self.examples), self.num_classes, self.class_names, self.files)).encode())
 
 
 def open_source(
@@ -100,7 +99,8 @@ def open_source(
         if not path:
             raise UserError("the source `folder` has no path. Expected the folder in which train/<class>/<image> are")
         images = list_folder(os.path.expanduser(path), split)
-        return Source(images, len(images.class_names), f"{path} {split}", images.class_names)
+        files = _hash(b"\n".join(images.names.tolist()))
+        return Source(images, len(images.class_names), f"{path} {split}", images.class_names, files)
     folder = os.path.expanduser(path or tfds_constants.DATA_DIR)
     if name == "digits":
         write_digits_once(folder)
@@ -152,7 +152,13 @@ def _open_prepared(name: str, split: str, folder: str) -> Source:
             + ". Expected all that its dataset_info.json speaks of: copy or prepare it again"
         )
     _allow_open_files()
-    return Source(_PreparedExamples(records), label.num_classes, f"{name} {split}", tuple(label.names))
+    parts = builder.info.splits[split].file_instructions
+    files = _hash(repr([(os.path.basename(p.filename), p.skip, p.take, p.examples_in_shard) for p in parts]).encode())
+    return Source(_PreparedExamples(records), label.num_classes, f"{name} {split}", tuple(label.names), files)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _allow_open_files() -> None:

@@ -167,7 +167,7 @@ class Checkpoints:
         except BlockingIOError as error:
             raise UserError(f"another run is using the workdir {self._workdir}: stop it, or give another") from error
         file = self._workdir / "config.json"
-        if any(path.name.isdigit() for path in self._folder.iterdir()):
+        if _has_steps(self._folder):
             self._check_identity(file, identity, defaults)
         else:  # whatever was begun here, nothing came of it
             replace(file, json.dumps(identity, indent=2) + "\n")
@@ -239,10 +239,13 @@ def began_with(workdir: str) -> str:
     """`config.init_from` of the run in a workdir; empty if it began at random, or has no checkpoint yet."""
     try:
         there = json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))
-        has_checkpoints = any(path.name.isdigit() for path in (Path(workdir) / "checkpoints").iterdir())
-        return there["config.init_from"] if has_checkpoints else ""
+        return there["config.init_from"] if _has_steps(Path(workdir) / "checkpoints") else ""
     except (OSError, ValueError, TypeError, LookupError):
         return ""
+
+
+def _has_steps(folder: Path) -> bool:
+    return any(path.name.isdigit() for path in folder.iterdir())
 
 
 @dataclasses.dataclass(frozen=True)

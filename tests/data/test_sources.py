@@ -282,7 +282,7 @@ def test_a_dataset_may_have_more_files_than_a_process_usually_opens(digits_folde
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_a_digest_tells_other_data_apart(image_folder: Path, tmp_path: Path) -> None:
+def test_a_digest_tells_other_data_apart(image_folder: Path, digits_folder: Path, tmp_path: Path) -> None:
     whole, again, part = (
         open_source("folder", split, str(image_folder)).digest() for split in ("train", "train", "train[:35]")
     )
@@ -291,6 +291,8 @@ def test_a_digest_tells_other_data_apart(image_folder: Path, tmp_path: Path) -> 
     assert open_source("folder", "train", str(copied)).digest() == whole
     (copied / "train" / "ant" / "ant_1.JPEG").rename(copied / "train" / "ant" / "ant_100.JPEG")
     assert open_source("folder", "train", str(copied)).digest() != whole
+    parts = [open_source("digits", split, str(digits_folder)).digest() for split in ("train[:9]", "train[9:18]")]
+    assert parts[0] != parts[1]
     classes = [open_source("synthetic", "train", num_classes=number).digest() for number in (3, 4)]
     assert len({whole, part, *classes}) == 4
 

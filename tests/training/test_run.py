@@ -228,6 +228,7 @@ def test_evaluating_a_run_gives_what_its_last_evaluation_gave(train, averaged, t
     workdir, _ = averaged
     last, prefix = evaluations(workdir)[-1], "ema_" if ema else ""
     where, flags = (tmp_path / "unused", [f"--config.init_from={workdir}"]) if ema else (workdir, [])
+    flags.append("--config.data.train_split=nowhere")  # the training images need not be there
     result = train(where, "--config.mode=eval", "--config.batch_size=48", f"--config.init_ema={ema}", *flags)
     assert result.returncode == 0, result.stderr
     assert f"test accuracy  {100 * last[prefix + 'accuracy']:.2f} %" in result.stdout
@@ -252,6 +253,19 @@ def test_fine_tuning_starts_from_other_weights_with_the_position_embedding_resiz
     result = train(tmp_path / "run", *flags, "--config.mode=eval", "--config.batch_size=48")
     assert result.returncode == 0, result.stderr
     assert f"weights        {tmp_path / 'run'}\n" in result.stdout
+
+
+def test_sigterm_ends_an_evaluation_whatever_the_connection_made_of_it(environment):
+    script = (
+        "import signal, train; from sret_jax.training import distributed, evaluation\n"
+        "distributed.connect = lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "evaluation.evaluate = lambda *_: print(signal.getsignal(signal.SIGTERM).name)\n"
+        "train.run(train.main)"
+    )
+    flags = ["--config=tests/training/tiny_run.py", "--config.mode=eval"]
+    command = [sys.executable, "-c", script, *flags]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout == "SIG_DFL\n", result.stderr
 
 
 def test_weights_that_do_not_exist_are_named(train, tmp_path):
