@@ -1,9 +1,10 @@
-"""SReT-T without slices, distilled on ImageNet-1k: published top-1 accuracy 77.7 %.
+r"""SReT-T without slices, distilled on ImageNet-1k: published top-1 accuracy 77.7 %.
 
-    python train.py --config=configs/sret_t_wo_slice_distill.py --config.data.path=/data/tensorflow_datasets
+    python train.py --config=configs/sret_t_wo_slice_distill.py --config.data.path=/data/tensorflow_datasets \
+        --config.distill.teacher=sret_s_wo_slice=SReT_S_wo_slice.pth
 
-The published accuracy is reached by distilling from a teacher. These are the settings beside that: without a teacher,
-this trains the same network from labels.
+The loss is the teacher's soft labels alone, as the authors' `kd_loss.py` has it; docs/distillation.md says what a
+teacher may be. The authors do not say which was theirs, and recommend FKD instead: see configs/sret_lt_fkd.py.
 """
 
 from ml_collections import ConfigDict
@@ -15,4 +16,6 @@ def get_config() -> ConfigDict:
     """See the file."""
     config = sret_t.get_config()
     config.model.name = "sret_t_wo_slice_distill"
+    config.distill.teacher = "weights/teacher"  # to be given
+    config.distill.dtype = "bfloat16"
     return config

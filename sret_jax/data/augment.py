@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
+
+from sret_jax.data.targets import Targets, label_targets, mix, soft_targets
 
 # Of ImageNet's RGB values in 0..1.
 MEAN = (0.485, 0.456, 0.406)
@@ -26,24 +27,30 @@ class Augmentation:
     erasing: float = 0.0  # probability
     mixup: float = 0.0  # alpha
     cutmix: float = 0.0  # alpha
+    partner: str = "reversed"  # of mixup and cutmix, or "permuted"
     label_smoothing: float = 0.0
+    soft_labels: str = ""  # `LabelType.kind` of the batch's soft labels; empty where it holds labels
 
-    def __call__(self, key: Array, batch: Mapping[str, Array], num_classes: int) -> tuple[Array, Array]:
+    def __call__(self, key: Array, batch: Mapping[str, Array], num_classes: int) -> tuple[Array, Targets]:
         """Normalised and augmented images, and their targets.
 
         Args:
           key: random key.
-          batch: `image` uint8 (batch, height, width, 3), RGB, and `label` int32 (batch,).
+          batch: `image` uint8 (batch, height, width, 3), RGB, and `label` int32 (batch,); or, for soft labels,
+            `classes` int32 (batch, k) and `probabilities` float16 (batch, k) instead of `label`.
           num_classes: number of classes.
 
         Returns:
-          float32 images of the same shape and float32 targets (batch, num_classes), a distribution in each row.
+          float32 images of the same shape, and the targets.
         """
         flip_key, mix_key, erasing_key = jax.random.split(key, 3)
         images = random_flip(flip_key, normalize(batch["image"]), self.flip)
         images = random_erasing(erasing_key, images, self.erasing)
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), self.label_smoothing)
-        return mixup_cutmix(mix_key, images, targets, self.mixup, self.cutmix)
+        if self.soft_labels:
+            targets = soft_targets(batch["classes"], batch["probabilities"], self.soft_labels, num_classes)
+        else:
+            targets = label_targets(batch["label"], num_classes, self.label_smoothing)
+        return mixup_cutmix(mix_key, images, targets, self.mixup, self.cutmix, self.partner)
 
 
 def normalize(images: Array) -> Array:
@@ -110,9 +117,9 @@ def random_erasing(key: Array, images: Array, probability: float) -> Array:
 
 
 def mixup_cutmix(
-    key: Array, images: Array, targets: Array, mixup_alpha: float, cutmix_alpha: float
-) -> tuple[Array, Array]:
-    """Mixes each image and its target with those of its partner, by mixup or cutmix; partner is the batch reversed.
+    key: Array, images: Array, targets: Targets, mixup_alpha: float, cutmix_alpha: float, partner: str = "reversed"
+) -> tuple[Array, Targets]:
+    """Mixes each image and its target with those of its partner in the batch, by mixup or cutmix.
 
     Mixup (Zhang et al., 2018) averages: `w * image + (1 - w) * partner`, w ~ Beta(alpha, alpha). Cutmix (Yun et al.,
     2019) puts a box of the partner into the image, sides `sqrt(1 - w)` of the image's, centre uniform, cut off at the
@@ -122,12 +129,14 @@ def mixup_cutmix(
     Args:
       key: random key.
       images: float32 (batch, height, width, channels).
-      targets: float32 (batch, classes), a distribution in each row.
+      targets: of the batch.
       mixup_alpha: a Python number; 0 turns mixup off.
       cutmix_alpha: a Python number; 0 turns cutmix off. With both off, nothing changes.
+      partner: `reversed`, of the batch in reverse order, as in timm; or `permuted`, of a random permutation, as in FKD,
+        where neighbours are crops of one image.
 
     Returns:
-      Mixed images and targets, of the same shapes and dtypes.
+      Mixed images of the same shape and dtype, and their targets.
     """
     if mixup_alpha == 0 and cutmix_alpha == 0:
         return images, targets
@@ -143,11 +152,14 @@ def mixup_cutmix(
     y, x = jax.random.randint(key_y, (), 0, height), jax.random.randint(key_x, (), 0, width)
     kept = ~_inside(height, width, y - half_height, x - half_width, y + half_height, x + half_width)
 
+    rows: Array | slice = slice(None, None, -1)
+    if partner == "permuted":
+        rows = jax.random.permutation(jax.random.fold_in(key, 1), len(images))
     pixel_weights = jnp.where(use_cutmix, kept, weight)[..., None]
     target_weight = jnp.where(use_cutmix, jnp.mean(kept), weight)
-    images = pixel_weights * images + (1 - pixel_weights) * images[::-1]
-    targets = target_weight * targets + (1 - target_weight) * targets[::-1]
-    return images, targets
+    images = pixel_weights * images + (1 - pixel_weights) * images[rows]
+    partners = Targets(*(array[rows] for array in targets))
+    return images, mix(targets, partners, target_weight)
 
 
 def _inside(height: int, width: int, top: Array, left: Array, bottom: Array, right: Array) -> Array:

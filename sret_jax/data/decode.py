@@ -63,6 +63,78 @@ def random_crops(
     return [_resized(decoded[n], box, n, image_size) for box, n in zip(boxes, reductions, strict=True)]
 
 
+def random_boxes(
+    encoded: Encoded,
+    count: int,
+    rng: np.random.Generator,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+) -> np.ndarray:
+    """Boxes of `random_crop_box` as `stored_crops` takes them; only the image's header is read.
+
+    Args:
+      encoded: an image file, or pixels, as for `stored_crops`.
+      count: of the boxes.
+      rng: source of randomness.
+      area: smallest and largest area of a box as a part of the image's.
+      aspect: smallest and largest width / height of a box.
+
+    Returns:
+      float16 (count, 4).
+
+    Raises:
+      Exception: the image is broken; which one depends on its format and the damage.
+    """
+    image = _open(encoded)
+    sides = np.array([image.height, image.width] * 2)
+    drawn = np.array([random_crop_box(image.width, image.height, rng, area, aspect) for _ in range(count)])
+    left, top, right, bottom = drawn.T
+    return (np.stack([top, left, bottom - top, right - left], axis=1) / sides).astype(np.float16)
+
+
+def stored_crops(
+    encoded: Encoded,
+    image_size: int,
+    boxes: np.ndarray,
+    flips: np.ndarray,
+    *,
+    bicubic: bool = False,
+) -> list[np.ndarray]:
+    """Crops of one image at given boxes, resized with antialiasing, some of them mirrored.
+
+    They are, bit for bit, what torchvision's `resized_crop` and `hflip` make of a Pillow image: the ends of a box are
+    rounded to whole pixels, and what then lies beyond the image is black. Two things differ. A box that rounding leaves
+    without a pixel, in a tiny image, becomes the pixel in which it begins; Pillow would show nothing but black. A JPEG
+    of more than 90 million pixels is decoded at a part of its size, and its boxes are rounded to those pixels.
+
+    The image is decoded once for all crops, a JPEG only down to the lowest row that they need.
+
+    Args:
+      encoded: an image file in any format that Pillow reads, or pixels, uint8 (height, width, 1 or 3).
+      image_size: height and width of the crops, pixels.
+      boxes: float (crops, 4): top, left, height and width, at least 0, as parts of the image's height, width, height
+        and width.
+      flips: bool (crops,), which crops to mirror left to right.
+      bicubic: resize bicubically, as teachers see images, instead of bilinearly.
+
+    Returns:
+      uint8 (image_size, image_size, 3), RGB, for each box.
+
+    Raises:
+      Exception: the image is broken; which one depends on its format and the damage.
+    """
+    opened = _open(encoded)
+    reduction = _reduction(opened, (0, 0, opened.width, opened.height), math.inf)
+    width, height = -(-opened.width // reduction), -(-opened.height // reduction)
+    whole = [_whole_pixels(width, height, box) for box in boxes.tolist()]
+    image = Image.fromarray(_decode(opened, reduction, reduction * max(bottom for *_, bottom in whole)))
+    # The resizer of `random_crops` takes half the time, but bilinearly it is two grey levels off in one value of 60
+    # million, bicubically up to 12 at the edges in photographs.
+    filter_type = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+    crops = [np.asarray(image.crop(box).resize((image_size, image_size), filter_type)) for box in whole]
+    return [crop[:, ::-1] if is_flipped else crop for crop, is_flipped in zip(crops, flips, strict=True)]
+
+
 def central_crop(encoded: Encoded, image_size: int, crop_ratio: float = 0.875) -> np.ndarray:
     """What evaluation sees of an image: its shorter side becomes `image_size / crop_ratio`, the centre is kept.
 
@@ -134,6 +206,22 @@ def random_crop_box(
 def _central_box(width: int, height: int, box_width: int, box_height: int) -> Box:
     left, top = round((width - box_width) / 2), round((height - box_height) / 2)
     return left, top, left + box_width, top + box_height
+
+
+def _whole_pixels(width: int, height: int, parts: Sequence[float]) -> Box:
+    """The pixels of a box of top, left, height and width as parts of an image, rounded as `Image.crop` rounds them."""
+    part_top, part_left, part_height, part_width = parts
+    top, bottom = _whole_side(part_top * height, part_height * height, height)
+    left, right = _whole_side(part_left * width, part_width * width, width)
+    return left, top, right, bottom
+
+
+def _whole_side(start: float, length: float, side: int) -> tuple[int, int]:
+    first, end = round(start), round(start + length)
+    if first == end:
+        first = min(int(start), side - 1)
+        end = first + 1
+    return first, end
 
 
 class _OfThread(threading.local):

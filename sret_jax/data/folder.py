@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import tensorflow_datasets as tfds
 
+from sret_jax.data.keys import label_key
 from sret_jax.data.reading import read_patiently
 from sret_jax.errors import UserError
 
@@ -46,11 +47,19 @@ class FolderExamples:
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
         path = Path(self.file_name(index))
-        return {"image": read_patiently(path.read_bytes, str(path)), "label": int(self.labels[index])}
+        image = read_patiently(path.read_bytes, str(path))
+        return {"image": image, "label": int(self.labels[index]), "key": self._key(index)}
 
     def file_name(self, index: int, /) -> str:
         """Path of the file of one example."""
         return os.path.join(self.folder, os.fsdecode(self.names[index]))
+
+    def keys(self) -> list[str]:
+        """The keys of all examples."""
+        return [self._key(index) for index in range(len(self))]
+
+    def _key(self, index: int) -> str:
+        return label_key(os.fsdecode(self.names[index]))
 
 
 def split_folders(folder: str) -> dict[str, str]:

@@ -1,15 +1,13 @@
 """`python -m sret_jax.data.pack FOLDER OUT`: a folder of images becomes a TFDS dataset, without TensorFlow."""
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import itertools
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -17,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sret_jax.data.folder import FolderExamples, list_classes, list_folder, split_folders
-from sret_jax.data.shards import Shard, example_features, plan_shards, write_shards
+from sret_jax.data.shards import Shard, example_features, locked, plan_shards, write_shards
 from sret_jax.errors import UserError
 from sret_jax.files import is_remote, naming, replace
 
@@ -64,7 +62,7 @@ def pack(
     splits = _list_splits(folder)
     home = Path(out).expanduser() / name
     complete, incomplete = home / _VERSION, home / f"{_VERSION}.incomplete"
-    with _locked(home):
+    with locked(home / ".lock", home):
         shards = {split: plan_shards(examples, name, split, incomplete) for split, examples in splits.items()}
         origin = _origin_hash(shards)
         _refuse_others(home, complete, incomplete, origin)
@@ -112,20 +110,6 @@ def _list_splits(folder: str) -> dict[str, FolderExamples]:
                 "Expected a name of printable characters, without space at its ends: rename its folders"
             )
     return splits
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a folder, which is made if missing."""
-    with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is packing into {folder}: wait for it, or stop it") from error
-        yield
 
 
 def _origin_hash(shards: Mapping[str, list[Shard]]) -> str:
@@ -184,22 +168,32 @@ def main() -> None:
     args = parser.parse_args()
     if args.workers < 1:
         parser.error("expected --workers of at least 1")
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    try:
-        with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task("images", total=None)
-            done = pack(
-                args.folder,
-                args.out,
-                name=args.name,
-                workers=args.workers,
-                advance=lambda count, total: bar.update(task, advance=count, total=total),
-            )
-    except (UserError, KeyboardInterrupt) as error:
-        sys.exit(f"error: {error}" if isinstance(error, UserError) else "stopped: the same command goes on")
+    done = with_progress(
+        "images",
+        lambda advance: pack(args.folder, args.out, name=args.name, workers=args.workers, advance=advance),
+    )
     splits = tfds.builder_from_directory(done).info.splits.values()
     print(", ".join(f"{split.name}: {split.num_examples:,} images in {split.num_shards} files" for split in splits))
     print(f"{done} is read by --config.data.source={done.parent.name} --config.data.path={done.parent.parent}")
+
+
+def with_progress(what: str, pack_it: Callable[[Callable[[int, int], object]], Path]) -> Path:
+    """Runs a packing for a command line: with a progress bar on a terminal, and errors that are one line.
+
+    Args:
+      what: is counted.
+      pack_it: given a function to call with how many more are done, and how many there are.
+
+    Returns:
+      What `pack_it` returns.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task(what, total=None)
+            return pack_it(lambda count, total: bar.update(task, advance=count, total=total))
+    except (UserError, KeyboardInterrupt) as error:
+        sys.exit(f"error: {error}" if isinstance(error, UserError) else "stopped: the same command goes on")
 
 
 if __name__ == "__main__":

@@ -5,23 +5,31 @@ import itertools
 import logging
 import math
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
 from PIL import Image
 
-from sret_jax.data.decode import Encoded, central_crop, random_crops
+from sret_jax.data.decode import central_crop, random_crops, stored_crops
+from sret_jax.data.passes import ONE_CROP, Passes
 from sret_jax.data.rand_augment import RandAugment
 from sret_jax.data.read_ahead import Example, read_ahead
 from sret_jax.data.reading import UnreadableError
+from sret_jax.data.soft_labels import SoftLabelSet
 from sret_jax.data.sources import Source
 from sret_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
+
+# An image of a batch, and its label or soft labels by their names there.
+_Shown = tuple[np.ndarray, Mapping[str, Any]]
+
+# Keeps apart what is drawn from one seed for rows and for images.
+_OF_IMAGES = 1
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> int:
@@ -55,6 +63,8 @@ def train_batches(
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
     repeats: int = 1,
     rand_augment: str = "",
+    soft_labels: SoftLabelSet | None = None,
+    passes: Passes = ONE_CROP,
     max_broken: int = 100,
     num_threads: int = 16,
     num_workers: int = 0,
@@ -68,6 +78,9 @@ def train_batches(
     A broken image (one that does not decode, or has a label that is no class) is replaced by the next good one of the
     source.
 
+    With soft labels, an image is cropped and flipped as theirs say, by `stored_crops`: crops drawn at random from them,
+    no two in a pass the same. They are rounded to float16, whatever they are stored in.
+
     Args:
       source: where examples come from.
       batch_size: examples in a global batch.
@@ -80,29 +93,43 @@ def train_batches(
       repeats: how often each image comes, one time after the other, each time cropped and augmented anew (Hoffer et
         al., 2020). An epoch keeps its length: it shows the first `1 / repeats` of its order.
       rand_augment: timm's name of a policy, such as `rand-m9-mstd0.5-inc1`; empty for none.
+      soft_labels: of every image of the source; then `crop_area`, `crop_aspect` and `rand_augment` are not used.
+      passes: how many crops of an image stand one behind the other in which epochs; one by default.
       max_broken: how many different broken images this host puts up with; each is logged once.
       num_threads: threads that read and decode ahead of the caller, in each process.
       num_workers: processes that do so; 0 for threads of this process.
 
     Yields:
-      `image` uint8 (len(rows), image_size, image_size, 3), RGB, and `label` int32 (len(rows),).
+      `image` uint8 (len(rows), image_size, image_size, 3), RGB, and `label` int32 (len(rows),); with soft labels,
+      instead of the latter, `classes` int32 and `probabilities` float16, both (len(rows), k).
 
     Raises:
       UserError: if the source is smaller than one batch, or there is no such policy; while iterating, if too many
-        images are broken.
+        images are broken, or soft labels are missing, damaged or too few.
     """
     blank = np.zeros((image_size, image_size, 3), np.uint8)
+    show: _Show
+    if soft_labels is None:
+        show = _RandomCrops(
+            seed=seed,
+            crop=functools.partial(random_crops, image_size=image_size, area=crop_area, aspect=crop_aspect),
+            augment=RandAugment.parse(rand_augment) if rand_augment else None,
+        )
+        blank_target: Mapping[str, Any] = {"label": np.int32(0)}
+    else:
+        show = _StoredCrops(seed=seed, image_size=image_size, soft_labels=soft_labels)
+        k = soft_labels.label_type.size(soft_labels.num_classes)
+        blank_target = {"classes": np.zeros(k, np.int32), "probabilities": np.zeros(k, np.float16)}
     load = functools.partial(
         _train_examples,
         source=source,
         order=grain.MapDataset.range(len(source.examples)).seed(seed).shuffle(),
         epoch_length=steps_per_epoch(source, batch_size) * batch_size,
         repeats=repeats,
-        seed=seed,
-        crop=functools.partial(random_crops, image_size=image_size, area=crop_area, aspect=crop_aspect),
-        augment=RandAugment.parse(rand_augment) if rand_augment else None,
+        passes=passes,
+        show=show,
         max_broken=max_broken,
-        blank=blank,
+        blank=(blank, blank_target),
     )
     batches = read_ahead(
         load,
@@ -113,7 +140,7 @@ def train_batches(
         num_threads=num_threads,
         num_workers=num_workers,
     )
-    return _checked(batches, source, max_broken, ("image", "label"))
+    return _checked(batches, source, max_broken, ("image", *blank_target))
 
 
 def eval_batches(
@@ -169,6 +196,69 @@ def eval_batches(
     return itertools.islice(_checked(batches, source, max_broken, ("image", "label", "mask")), num_batches)
 
 
+class _Group(NamedTuple):
+    """Rows of a batch that show the same image, one behind the other."""
+
+    place: int  # of the image, in the order of all passes
+    positions: Sequence[int]  # of the rows; a position counts the rows of all batches of all epochs
+    crops: Sequence[int]  # which of the pass's crops of the image they show
+    crops_in_pass: int
+
+
+class _Show(Protocol):
+    """What rows of a batch show of an example: a function that worker processes get a copy of."""
+
+    def __call__(self, example: Mapping[str, Any], group: _Group) -> list[_Shown]: ...
+
+
+class _BrokenError(Exception):
+    """An example that cannot be used; the message is its reason, in a few words."""
+
+
+class _RandomCrops(NamedTuple):
+    """Crops an image at random."""
+
+    seed: int
+    crop: Callable[..., list[np.ndarray]]
+    augment: RandAugment | None
+
+    def __call__(self, example: Mapping[str, Any], group: _Group) -> list[_Shown]:
+        rngs = [np.random.default_rng((self.seed, position)) for position in group.positions]
+        crops = self.crop(example["image"], rngs=rngs)
+        if self.augment is not None:
+            crops = [
+                np.asarray(self.augment(Image.fromarray(pixels), rng)) for pixels, rng in zip(crops, rngs, strict=True)
+            ]
+        return [(pixels, {"label": np.int32(example["label"])}) for pixels in crops]
+
+
+class _StoredCrops(NamedTuple):
+    """Crops an image as its soft labels say."""
+
+    seed: int
+    image_size: int
+    soft_labels: SoftLabelSet
+
+    def __call__(self, example: Mapping[str, Any], group: _Group) -> list[_Shown]:
+        labels = self.soft_labels.read(example["key"])
+        if not len(labels.boxes):
+            raise _BrokenError("it was left out when its soft labels were made")
+        if len(labels.boxes) < group.crops_in_pass:
+            raise UserError(
+                f"the soft labels of {example['key']} hold {len(labels.boxes)} crops, but {group.crops_in_pass} are "
+                "asked for. Expected at least as many: lower config.distill.num_crops"
+            )
+        rng = np.random.default_rng((self.seed, group.place, _OF_IMAGES))
+        chosen = rng.choice(len(labels.boxes), group.crops_in_pass, replace=False)[group.crops]
+        boxes = labels.boxes[chosen].astype(np.float16)
+        crops = stored_crops(example["image"], self.image_size, boxes, labels.flips[chosen])
+        classes = labels.classes[chosen].astype(np.int32)
+        probabilities = labels.probabilities[chosen].astype(np.float16)
+        return [
+            (pixels, {"classes": classes[row], "probabilities": probabilities[row]}) for row, pixels in enumerate(crops)
+        ]
+
+
 def _train_examples(
     positions: Sequence[int],
     *,
@@ -176,68 +266,89 @@ def _train_examples(
     order: grain.MapDataset,
     epoch_length: int,
     repeats: int,
-    seed: int,
-    crop: Callable[..., list[np.ndarray]],
-    augment: RandAugment | None,
+    passes: Passes,
+    show: _Show,
     max_broken: int,
-    blank: np.ndarray,
+    blank: _Shown,
 ) -> list[Example]:
     """The examples at some positions; a position counts the rows of all batches of all epochs."""
-
-    def place(position: int) -> int:
-        epoch, offset = divmod(position, epoch_length)
-        return epoch * len(order) + offset // repeats
-
     examples = []
-    for place_in_order, group in itertools.groupby(positions, place):
-        of_one_image, first = list(group), order[place_in_order]
-        crops, label, broken = None, 0, []
+    for group in _groups(positions, epoch_length, passes, len(order), repeats):
+        first = order[group.place]
+        shown: list[_Shown] = []
+        broken = []
         # One more than are allowed is enough to know that there are too many.
         for index in range(first, first + min(len(order), max_broken + 1)):
             index %= len(order)
-            rngs = [np.random.default_rng((seed, position)) for position in of_one_image]
-            crops, label, reason = _read(source, index, functools.partial(crop, rngs=rngs))
-            if crops is not None:
+            try:
+                shown = _read(source, index, functools.partial(show, group=group))
                 break
-            broken.append((index, reason))
-        if crops is None:
-            examples += [Example(blank, label, False, broken)] * len(of_one_image)
-            continue
-        if augment is not None:
-            crops = [np.asarray(augment(Image.fromarray(pixels), rng)) for pixels, rng in zip(crops, rngs, strict=True)]
-        examples += [Example(pixels, label, True, broken) for pixels in crops]
+            except _BrokenError as error:
+                broken.append((index, str(error)))
+            except UserError as error:
+                return [Example(blank[0], blank[1], False, broken, str(error))] * len(positions)
+        for image, target in shown or [blank] * len(group.positions):
+            examples.append(Example(image, target, bool(shown), broken))
     return examples
+
+
+def _groups(
+    positions: Sequence[int], epoch_length: int, passes: Passes, order_length: int, repeats: int
+) -> Iterator[_Group]:
+    def place(position: int) -> tuple[int, int, int]:
+        """The image's place, which of the pass's crops this is, and how many those are."""
+        one = passes.at(position // epoch_length)
+        offset = position - one.first_epoch * epoch_length
+        return one.number * order_length + offset // one.crops // repeats, offset % one.crops, one.crops
+
+    for (image, crops_in_pass), rows in itertools.groupby(
+        ((position, *place(position)) for position in positions), lambda row: (row[1], row[3])
+    ):
+        group = list(rows)
+        yield _Group(image, [row[0] for row in group], [row[2] for row in group], crops_in_pass)
 
 
 def _eval_examples(
-    positions: Sequence[int], *, source: Source, crop: Callable[[Encoded], np.ndarray], blank: np.ndarray
+    positions: Sequence[int], *, source: Source, crop: Callable[..., np.ndarray], blank: np.ndarray
 ) -> list[Example]:
     """The examples at some positions, which count the source's own order; blank beyond its end."""
+
+    def show(example: Mapping[str, Any]) -> _Shown:
+        return crop(example["image"]), {"label": np.int32(example["label"])}
+
     examples = []
+    nothing = blank, {"label": np.int32(0)}
     for index in positions:
-        image, label, broken = None, 0, []
-        if index < len(source.examples):
-            image, label, reason = _read(source, index, crop)
-            broken = [(index, reason)] if image is None else []
-        examples.append(Example(blank if image is None else image, label, image is not None, broken))
+        try:
+            image, target = _read(source, index, show) if index < len(source.examples) else nothing
+            examples.append(Example(image, target, mask=index < len(source.examples)))
+        except _BrokenError as error:
+            examples.append(Example(*nothing, mask=False, broken=[(index, str(error))]))
     return examples
 
 
-def _read(source: Source, index: int, crop: Callable[[Encoded], Any]) -> tuple[Any, int, str]:
-    """What `crop` makes of an image, and its label; or, where the example is broken, None, 0 and the reason."""
+def _read(source: Source, index: int, show: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """What `show` makes of an example.
+
+    Raises:
+      _BrokenError: the example cannot be used.
+      UserError: as `show` raises it.
+    """
     try:
         example = source.examples[index]
     except UnreadableError as error:
-        return None, 0, f"it cannot be read: {error}"
+        raise _BrokenError(f"it cannot be read: {error}") from error
     label = int(example["label"])
     if not 0 <= label < source.num_classes:
-        return None, 0, f"its label {label} is none of the classes 0 to {source.num_classes - 1}"
+        raise _BrokenError(f"its label {label} is none of the classes 0 to {source.num_classes - 1}")
     if not len(example["image"]):
-        return None, 0, "it is empty"
+        raise _BrokenError("it is empty")
     try:
-        return crop(example["image"]), label, ""
+        return show(example)
+    except (UserError, _BrokenError):
+        raise
     except Exception as error:  # what is raised for broken bytes depends on the format and the damage
-        return None, 0, f"it does not decode: {error}"
+        raise _BrokenError(f"it does not decode: {error}") from error
 
 
 def _checked(batches: grain.DatasetIterator, source: Source, max_broken: int, fields: Sequence[str]) -> Iterator[Batch]:
@@ -259,6 +370,8 @@ def _check(
     broken: dict[int, str] = {}
     try:
         for batch in batches:
+            if batch["refused"]:
+                raise UserError(batch["refused"])
             for index, reason in batch["broken"]:
                 if index not in broken:
                     broken[index] = _name(source, index)

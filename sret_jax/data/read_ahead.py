@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -30,9 +30,10 @@ class Example(NamedTuple):
     """A row of a batch."""
 
     image: np.ndarray
-    label: int
+    target: Mapping[str, Any]  # its label or soft labels, by the names of a batch: numbers or arrays of NumPy
     mask: bool  # False: there is no such example, or it is broken
     broken: Sequence[tuple[int, str]] = ()  # index and reason of each broken image met on the way to this one
+    refused: str = ""  # why no batch can be made, for the user
 
 
 def read_ahead(
@@ -60,7 +61,8 @@ def read_ahead(
       num_workers: worker processes; 0 for threads of this process alone.
 
     Returns:
-      An iterator of `image`, `label`, `mask`, stacked, and `broken`, those of all rows, each once. To be closed.
+      An iterator of `image`, what targets hold and `mask`, stacked, `broken`, those of all rows, each once, and
+      `refused`, of the first row that has one. To be closed.
 
     Raises:
       UserError: there is too little shared memory for the workers.
@@ -95,9 +97,10 @@ def _stack(chunks: Sequence[Sequence[Example]]) -> dict[str, Any]:
     examples = list(itertools.chain.from_iterable(chunks))
     return {
         "image": np.stack([example.image for example in examples]),
-        "label": np.array([example.label for example in examples], np.int32),
+        **{name: np.stack([example.target[name] for example in examples]) for name in examples[0].target},
         "mask": np.array([example.mask for example in examples], np.bool_),
         "broken": sorted({image for example in examples for image in example.broken}),
+        "refused": next(filter(None, (example.refused for example in examples)), ""),
     }
 
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import itertools
 import multiprocessing
@@ -10,7 +11,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def plan_shards(examples: FolderExamples, name: str, split: str, folder: Path) -
 
 
 def write_shards(shards: list[Shard], workers: int, advance: Callable[[int, int], object]) -> None:
-    """Writes those files that are not there, each under another name until it has been read back.
+    """Writes those files of a dataset of images that are not there, as `write_files` does.
 
     Args:
       shards: of one dataset.
@@ -93,19 +94,41 @@ def write_shards(shards: list[Shard], workers: int, advance: Callable[[int, int]
       advance: called with the images in a file that is complete, and those in all files.
 
     Raises:
-      UserError: if an image cannot be read, a file cannot be written or reads back as something else, or a worker was
-        killed. What other workers had begun is complete by then.
+      UserError: if an image cannot be read, and as `write_files`.
     """
-    total = sum(len(shard.examples) for shard in shards)
-    for folder in {shard.path.parent for shard in shards}:
+    lengths = {shard.path: len(shard.examples) for shard in shards}
+    total = sum(lengths.values())
+    files = {shard.path: functools.partial(_records, shard) for shard in shards}
+    write_files(files, _WRITER_OPTIONS, workers, lambda path: advance(lengths[path], total))
+
+
+def write_files(
+    files: Mapping[Path, Callable[[], Iterable[bytes]]],
+    options: str,
+    workers: int,
+    complete: Callable[[Path], object],
+) -> None:
+    """Writes those ArrayRecord files that are not there, each under another name until it has been read back.
+
+    Args:
+      files: the records of each file, given by a function that can be sent to another process.
+      options: of ArrayRecord's writer.
+      workers: processes; each writes one file at a time.
+      complete: called with the path of a file that is complete.
+
+    Raises:
+      UserError: if a file cannot be written or reads back as something else, or a worker was killed. What other
+        workers had begun is complete by then.
+    """
+    for folder in {path.parent for path in files}:
         for left_by_a_kill in folder.glob(f"*{_INCOMPLETE}*"):
             left_by_a_kill.unlink()
     with _executor(workers) as executor:
-        running = {executor.submit(_write_shard, shard): shard for shard in shards}
+        running = {executor.submit(_write_file, path, records, options): path for path, records in files.items()}
         try:
             for future in concurrent.futures.as_completed(running):
                 future.result()
-                advance(len(running[future].examples), total)
+                complete(running[future])
         except BrokenProcessPool as error:
             raise UserError(
                 "a worker process was killed, perhaps because memory ran out. Run the same command again, with fewer "
@@ -113,6 +136,20 @@ def write_shards(shards: list[Shard], workers: int, advance: Callable[[int, int]
             ) from error
         finally:
             executor.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def locked(lock: Path, out: Path) -> Iterator[None]:
+    """Keep a second process from packing into `out`, by the file `lock`, whose folder is made if missing."""
+    with naming(lock.parent):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is packing into {out}: wait for it, or stop it") from error
+        yield
 
 
 def _executor(workers: int) -> concurrent.futures.Executor:
@@ -150,29 +187,45 @@ def _file_sizes(examples: FolderExamples) -> np.ndarray:
         return np.array(list(itertools.chain(*parts)), np.int64)
 
 
-def _write_shard(shard: Shard) -> None:
-    if shard.path.exists():
+def _write_file(path: Path, records: Callable[[], Iterable[bytes]], options: str) -> None:
+    if path.exists():
         return
     # Under a name of this process's own: a worker whose parent was killed may still be writing for a moment.
-    new = shard.path.with_name(f"{shard.path.name}{_INCOMPLETE}{os.getpid()}")
-    serializer = ExampleSerializer(example_features(shard.examples.class_names).get_serialized_info())
+    new = path.with_name(f"{path.name}{_INCOMPLETE}{os.getpid()}")
     try:
-        with contextlib.closing(ArrayRecordWriter(str(new), _WRITER_OPTIONS)) as writer:
-            checksum = 0
-            for index in range(len(shard.examples)):
-                record = _record(shard.examples, index, serializer)
-                checksum = zlib.crc32(record, checksum)
-                writer.write(record)
-        with naming(shard.path):
+        count, checksum = 0, 0
+        with _refusals(path):
+            writer = ArrayRecordWriter(str(new), options)
+        try:
+            for record in records():
+                count, checksum = count + 1, zlib.crc32(record, checksum)
+                with _refusals(path):
+                    writer.write(record)
+        finally:
+            with _refusals(path):
+                writer.close()
+        with naming(path), _refusals(path):
             with new.open("rb") as file:
                 os.fsync(file.fileno())
-            if _count_and_checksum(new) != (len(shard.examples), checksum):
+            if _count_and_checksum(new) != (count, checksum):
                 raise UserError(f"{new} does not read back as it was written. Expected a sound disk: check it")
-            os.replace(new, shard.path)
-    except RuntimeError as error:  # what ArrayRecord makes of the system's refusals
-        raise refused(shard.path, error) from error
+            os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Names the file in what ArrayRecord makes of the system's refusals."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise refused(path, error) from error
+
+
+def _records(shard: Shard) -> Iterator[bytes]:
+    serializer = ExampleSerializer(example_features(shard.examples.class_names).get_serialized_info())
+    return (_record(shard.examples, index, serializer) for index in range(len(shard.examples)))
 
 
 def _record(examples: FolderExamples, index: int, serializer: ExampleSerializer) -> bytes:

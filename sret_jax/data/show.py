@@ -6,14 +6,14 @@ and on the device. Below an image stands its class; below one mixed from two, bo
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import app
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
-from sret_jax.data.augment import MEAN, STD, Augmentation
+from sret_jax.data.augment import MEAN, STD
 from sret_jax.files import write_whole
 
 _GRID = 8  # batches shown, and images of each
@@ -45,18 +45,24 @@ def training_sheet(config: ConfigDict) -> Image.Image:
     # The one place where `data` needs `training`, which knows how a config becomes batches.
     import jax
 
-    from sret_jax.training.build import make_model, open_split, training_batches
+    from sret_jax.training.build import make_augmentation, make_model, open_labels, open_split, training_batches
     from sret_jax.training.config import check_config
     from sret_jax.training.step import step_keys
 
     check_config(config)
     source = open_split(config, config.data.train_split)
+    labels = open_labels(config, source)
     model = make_model(config, source.num_classes)
     # Smoothing changes no image; without it, a label shows what was mixed.
-    augmentation = dataclasses.replace(Augmentation(**config.augment), label_smoothing=0.0)
-    augment = jax.jit(lambda key, batch: augmentation(key, batch, model.num_classes))
+    augmentation = dataclasses.replace(make_augmentation(config), label_smoothing=0.0)
+
+    @jax.jit
+    def augment(key: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        images, targets = augmentation(key, batch, model.num_classes)
+        return images, targets.dense(model.num_classes)
+
     rows = []
-    for step, batch in zip(range(_GRID), training_batches(config, model, source, 0), strict=False):
+    for step, batch in zip(range(_GRID), training_batches(config, model, source, 0, labels=labels), strict=False):
         images, targets = augment(step_keys(config.seed, step)[0], batch)
         rows.append((np.asarray(images[:_GRID]), np.asarray(targets[:_GRID])))
     images, targets = (np.concatenate(parts) for parts in zip(*rows, strict=True))

@@ -17,6 +17,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from sret_jax.data.digits import write_digits_once
 from sret_jax.data.folder import list_folder
+from sret_jax.data.keys import label_key
 from sret_jax.data.reading import read_patiently
 from sret_jax.errors import UserError
 
@@ -25,7 +26,11 @@ _OPEN_FILES = 65_536
 
 
 class Examples(Protocol):
-    """Random access to `{"image": encoded bytes or uint8 (height, width, channels), "label": int}`.
+    """Random access to `{"image": encoded bytes or uint8 (height, width, channels), "label": int, "key": str}`.
+
+    The key is the image's name for soft labels, the same in every form of a dataset that keeps the names of its files:
+    `train/n01440764/n01440764_10026`; in others its number in the split, `train/00010026`. Where no example has to be
+    read for it, `keys() -> list[str]` gives those of all.
 
     The bytes are as they are on disk, whatever they hold; where the disk does not give them, UnreadableError is raised.
     So whoever decodes also reports what is broken: by `file_name(index) -> str`, where examples have such a method and
@@ -154,7 +159,16 @@ def _open_prepared(name: str, split: str, folder: str) -> Source:
     _allow_open_files()
     parts = builder.info.splits[split].file_instructions
     files = _hash(repr([(os.path.basename(p.filename), p.skip, p.take, p.examples_in_shard) for p in parts]).encode())
-    return Source(_PreparedExamples(records), label.num_classes, f"{name} {split}", tuple(label.names), files)
+    ranges = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
+    examples: Examples
+    if "file_name" in features:
+        examples = _NamedExamples(records, ranges[0].splitname, tuple(label.names))
+    else:
+        lengths = {part.splitname: builder.info.splits[part.splitname].num_examples for part in ranges}
+        examples = _NumberedExamples(
+            records, tuple((part.splitname, part.from_ or 0, part.to or lengths[part.splitname]) for part in ranges)
+        )
+    return Source(examples, label.num_classes, f"{name} {split}", tuple(label.names), files)
 
 
 def _hash(content: bytes) -> str:
@@ -181,14 +195,16 @@ class _PreparedExamples:
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
         features = _features(read_patiently(lambda: self._read(index), f"record {index}"))
         (image,), (label,) = features["image"].bytes_list.value or [b""], features["label"].int64_list.value or [-1]
-        return {"image": image, "label": label}
+        return {"image": image, "label": label, "key": self._key(index, label, features)}
 
     def file_name(self, index: int, /) -> str:
         try:
-            names = _features(self._read(index))["file_name"].bytes_list.value
+            return _file_name(_features(self._read(index)))
         except RuntimeError:
             return ""
-        return os.fsdecode(names[0]) if names else ""
+
+    def _key(self, index: int, label: int, features: Mapping[str, Any]) -> str:
+        raise NotImplementedError
 
     def _read(self, index: int) -> bytes:
         records = self._records
@@ -200,6 +216,44 @@ class _PreparedExamples:
             again.data_source = copy.copy(records.data_source)
             self._records = again
             raise
+
+
+class _NamedExamples(_PreparedExamples):
+    """Of a dataset that keeps the names of the images' files."""
+
+    def __init__(self, records: Any, split: str, class_names: tuple[str, ...]) -> None:
+        super().__init__(records)
+        self._split = split
+        self._class_names = class_names
+
+    def _key(self, index: int, label: int, features: Mapping[str, Any]) -> str:
+        name = _file_name(features)
+        if "/" not in name and 0 <= label < len(self._class_names):  # TFDS's ImageNet has names without folders
+            name = f"{self._split}/{self._class_names[label]}/{name}"
+        return label_key(name)
+
+
+class _NumberedExamples(_PreparedExamples):
+    """Of a dataset that does not."""
+
+    def __init__(self, records: Any, ranges: tuple[tuple[str, int, int], ...]) -> None:
+        super().__init__(records)
+        self._ranges = ranges
+
+    def keys(self) -> list[str]:
+        return [f"{split}/{number:08d}" for split, first, end in self._ranges for number in range(first, end)]
+
+    def _key(self, index: int, label: int, features: Mapping[str, Any]) -> str:
+        for split, first, end in self._ranges:
+            if index < end - first:
+                return f"{split}/{first + index:08d}"
+            index -= end - first
+        raise IndexError(index)
+
+
+def _file_name(features: Mapping[str, Any]) -> str:
+    names = features["file_name"].bytes_list.value
+    return os.fsdecode(names[0]) if names else ""
 
 
 def _features(record: bytes) -> Mapping[str, Any]:
@@ -223,4 +277,7 @@ class _SyntheticExamples:
             raise IndexError(f"synthetic {self.split} has {self.length} examples, asked for number {index}")
         rng = np.random.default_rng((zlib.crc32(self.split.encode()), index))
         image = rng.integers(256, size=(self.image_size, self.image_size, 3), dtype=np.uint8)
-        return {"image": image, "label": int(rng.integers(self.num_classes))}
+        return {"image": image, "label": int(rng.integers(self.num_classes)), "key": f"{self.split}/{index:08d}"}
+
+    def keys(self) -> list[str]:
+        return [f"{self.split}/{index:08d}" for index in range(self.length)]

@@ -14,7 +14,7 @@ from sret_jax.models.sret import MOST_UNROLLED_APPLICATIONS, SReT
 from sret_jax.plan.collectives import Collectives, find_collectives
 from sret_jax.plan.devices import Target
 from sret_jax.plan.hlo import main_memory_bytes
-from sret_jax.training.build import make_model, make_training
+from sret_jax.training.build import make_model, make_training, soft_classes
 from sret_jax.training.mesh import abstract_batch, make_mesh
 
 
@@ -195,7 +195,10 @@ def _lowered_step(
     model = make_model(_with_unrolling(config, devices[0].platform), classes)
     mesh = make_mesh(config.mesh, config.batch_size, devices)
     step, state = make_training(config, model, epoch_steps, mesh)
-    return step.lower(state, abstract_batch(mesh, config.batch_size, model.image_size)), model
+    batch = abstract_batch(
+        mesh, config.batch_size, model.image_size, soft_classes=soft_classes(config, model.num_classes)
+    )
+    return step.lower(state, batch), model
 
 
 def _with_unrolling(config: ConfigDict, platform: str) -> ConfigDict:

@@ -30,6 +30,7 @@ def plan_facts(
         "model": config.model.name,
         "image_size": config.model.image_size or create_model(config.model.name).image_size,
         "dtype": config.model.dtype,
+        "without_teacher": config.distill.teacher,
         "epochs": config.epochs,
         "steps": steps,
         "topology": target.topology,
@@ -57,6 +58,7 @@ def plan_text(facts: Facts) -> str:
         f"{facts['model']}, {size} × {size} pixels, {facts['dtype']}",
         f"batch {program['batch_size']:,} on {facts['topology']}: {facts['devices']:,} × {facts['device']}, "
         f"{per_device:,} images each",
+        *([f"without what the teacher takes: {facts['without_teacher']}"] if facts["without_teacher"] else []),
         *([f"{facts['devices_per_chip']} devices are one chip"] if facts["devices_per_chip"] > 1 else []),
         f"compiled in {program['compile_seconds']:.0f} s by {versions}",
         "",

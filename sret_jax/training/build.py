@@ -10,19 +10,24 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sret_jax.data.augment import Augmentation
+from sret_jax.data.packed_labels import open_soft_labels
+from sret_jax.data.passes import ONE_CROP, Passes, fkd_passes
 from sret_jax.data.pipeline import Batch, train_batches
+from sret_jax.data.soft_labels import LabelType, SoftLabelSet, check_complete
 from sret_jax.data.sources import Source, open_source
 from sret_jax.errors import UserError
 from sret_jax.models.sret import SReT
 from sret_jax.models.zoo import create_model
 from sret_jax.training.optimizer import Schedule, adamw, warmup_constant, warmup_cosine
 from sret_jax.training.step import (
+    Distillation,
     TrainState,
     abstract_state,
     init_state,
     make_train_step,
     with_variables,
 )
+from sret_jax.training.teacher import Teacher, load_teachers
 from sret_jax.weights.store import load_variables
 
 
@@ -31,6 +36,53 @@ def open_split(config: ConfigDict, split: str) -> Source:
     data = config.data
     image_size = config.model.image_size or create_model(config.model.name).image_size
     return open_source(data.source, split, data.path, image_size=image_size, length=data.synthetic_examples)
+
+
+def open_labels(config: ConfigDict, source: Source) -> SoftLabelSet | None:
+    """The soft labels that the config names, of every image of the training split; None if it names none.
+
+    Raises:
+      UserError: they cannot be read, are of another type or dataset, or some are missing.
+    """
+    if not config.distill.soft_labels:
+        return None
+    labels = open_soft_labels(config.distill.soft_labels, config.distill.label_type, source.num_classes)
+    check_complete(labels, source)
+    return labels
+
+
+def make_teachers(config: ConfigDict, model: SReT) -> tuple[Teacher, ...]:
+    """The teachers that the config names, for a student; none if it names none."""
+    distill = config.distill
+    if not distill.teacher:
+        return ()
+    return load_teachers(
+        distill.teacher,
+        num_classes=model.num_classes,
+        image_size=distill.image_size,
+        default_image_size=model.image_size,
+        mean=distill.mean,
+        std=distill.std,
+        dtype=distill.dtype,
+    )
+
+
+def make_passes(config: ConfigDict) -> Passes:
+    """How often the run goes over its images, and with how many crops of each."""
+    if not config.distill.soft_labels:
+        return ONE_CROP
+    return fkd_passes(config.epochs, config.distill.num_crops, config.optimizer.warmup_epochs)
+
+
+def soft_classes(config: ConfigDict, num_classes: int) -> int:
+    """Classes that each soft label of a batch names; 0 where batches hold labels."""
+    return LabelType.parse(config.distill.label_type).size(num_classes) if config.distill.soft_labels else 0
+
+
+def make_augmentation(config: ConfigDict) -> Augmentation:
+    """What happens to a batch on the device."""
+    soft_labels = LabelType.parse(config.distill.label_type).kind if config.distill.soft_labels else ""
+    return Augmentation(**config.augment, soft_labels=soft_labels)
 
 
 def make_model(config: ConfigDict, num_classes: int) -> SReT:
@@ -65,7 +117,9 @@ def make_optimizer(config: ConfigDict, epoch_steps: int) -> tuple[Schedule, opta
     return schedule, optimizer
 
 
-def make_training(config: ConfigDict, model: SReT, epoch_steps: int, mesh: Mesh) -> tuple[Any, TrainState]:
+def make_training(
+    config: ConfigDict, model: SReT, epoch_steps: int, mesh: Mesh, teachers: tuple[Teacher, ...] = ()
+) -> tuple[Any, TrainState]:
     """The jitted train step, and what its state consists of, as `abstract_state` gives it."""
     if config.batch_size % (config.accumulation * mesh.devices.size):
         raise UserError(
@@ -78,11 +132,12 @@ def make_training(config: ConfigDict, model: SReT, epoch_steps: int, mesh: Mesh)
         model,
         optimizer,
         schedule,
-        Augmentation(**config.augment),
+        make_augmentation(config),
         config.seed,
         mesh,
         accumulation=config.accumulation,
         ema_decay=config.ema_decay,
+        distillation=Distillation(teachers, config.distill.temperature, config.distill.label_weight),
     )
     return train_step, abstract_state(model, optimizer, mesh, ema=bool(config.ema_decay))
 
@@ -112,9 +167,14 @@ def initial_state(
 
 
 def training_batches(
-    config: ConfigDict, model: SReT, source: Source, first_step: int, rows: list[int] | None = None
+    config: ConfigDict,
+    model: SReT,
+    source: Source,
+    first_step: int,
+    rows: list[int] | None = None,
+    labels: SoftLabelSet | None = None,
 ) -> Iterator[Batch]:
-    """Every training batch from `first_step` on, or these rows of each."""
+    """Every training batch from `first_step` on, or these rows of each; `labels` as `open_labels` gives them."""
     return train_batches(
         source,
         batch_size=config.batch_size,
@@ -126,6 +186,8 @@ def training_batches(
         crop_aspect=config.data.crop_aspect,
         repeats=config.data.repeats,
         rand_augment=config.data.rand_augment,
+        soft_labels=labels,
+        passes=make_passes(config),
         max_broken=config.data.max_broken,
         num_threads=config.data.threads,
         num_workers=config.data.workers,
@@ -133,7 +195,7 @@ def training_batches(
 
 
 @contextlib.contextmanager
-def warnings_to(say: Callable[[str], None]) -> Iterator[None]:
+def warnings_to(say: Callable[[str], object]) -> Iterator[None]:
     """Give what is warned of to a function, line by line, once the context ends."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

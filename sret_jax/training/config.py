@@ -9,6 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from sret_jax.data.augment import MEAN, STD
+from sret_jax.data.soft_labels import LabelType
 from sret_jax.errors import UserError
 
 # Keys that say where or how a run computes, not what comes out. The others cannot change when a run goes on.
@@ -18,6 +20,7 @@ HOW_NOT_WHAT = (
     "data.path",
     "data.threads",
     "data.workers",
+    "distill.soft_labels",
     "distributed",
     "log_every_steps",
     "max_skipped_steps",
@@ -29,11 +32,17 @@ HOW_NOT_WHAT = (
     "wandb_project",
 )
 
-_CHOICES = {"mode": ("train", "eval"), "optimizer.schedule": ("cosine", "constant")}
+_CHOICES = {
+    "augment.partner": ("reversed", "permuted"),
+    "distill.dtype": ("float32", "bfloat16"),
+    "mode": ("train", "eval"),
+    "optimizer.schedule": ("cosine", "constant"),
+}
 _LEAST = {
     "checkpoint.every_steps": 0,
     "data.max_broken": 0,
     "data.workers": 0,
+    "distill.image_size": 0,
     "distributed.process": -1,
     "distributed.processes": 0,
     "profile_steps": 0,
@@ -48,10 +57,25 @@ _RANGES = {
     "augment.label_smoothing": _PROBABILITY,
     "ema_decay": _DECAY,
     "data.eval_crop_ratio": (1e-9, 1.0, "a number above 0, at most 1"),
+    "distill.label_weight": _PROBABILITY,
+    "distill.temperature": (1e-9, math.inf, "a number above 0"),
     "optimizer.b1": _DECAY,
     "optimizer.b2": _DECAY,
     "optimizer.eps": (1e-30, math.inf, "a number above 0"),
 }
+
+# What soft labels decide, or would be wrong after: these keys must be as `base_config` has them.
+_NOT_WITH_SOFT_LABELS = (
+    "augment.erasing",
+    "augment.flip",
+    "augment.label_smoothing",
+    "data.crop_area",
+    "data.crop_aspect",
+    "data.rand_augment",
+    "data.repeats",
+    "distill.label_weight",
+    "distill.teacher",
+)
 
 
 def base_config() -> ConfigDict:
@@ -106,7 +130,20 @@ def base_config() -> ConfigDict:
     config.augment.erasing = 0.0  # probability
     config.augment.mixup = 0.0  # alpha, 0 is off
     config.augment.cutmix = 0.0  # alpha, 0 is off
+    config.augment.partner = "reversed"  # of both: the batch in reverse order, or "permuted" at random
     config.augment.label_smoothing = 0.0
+
+    config.distill = ConfigDict()
+    config.distill.teacher = ""  # weights, MODEL=weights or module:function, or several with commas; empty is none
+    config.distill.image_size = 0  # of the teacher's input; 0 is its own, and for a function the student's
+    config.distill.mean = MEAN  # of a function's input, in RGB from 0 to 1
+    config.distill.std = STD
+    config.distill.dtype = "float32"  # the teacher's weights and compute dtype, or "bfloat16"
+    config.distill.temperature = 1.0  # divides the logits of student and teacher
+    config.distill.label_weight = 0.0  # part of the labels in the loss, beside a teacher's
+    config.distill.soft_labels = ""  # folder of labels that a teacher gave before, instead of one; empty is none
+    config.distill.label_type = "marginal_smoothing_k5"  # of these
+    config.distill.num_crops = 1  # of an image in a batch; a pass over the images then counts as so many epochs
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.0  # peak for 512 images a step; in proportion for other batches
@@ -144,8 +181,37 @@ def check_config(config: ConfigDict) -> None:
     problems += [f"config.{key} is missing" for key in known.keys() - given.keys()]
     for key in given.keys() & known.keys():
         problems += [f"config.{key} is {given[key]!r}, expected {want}" for want in _unmet(key, given[key], known[key])]
+    if not problems:
+        problems = _contradictions(given, known)
     if problems:
         raise UserError("\n".join(sorted(problems)))
+
+
+def _contradictions(given: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """What keys of which each is possible do not mean together, in words."""
+    crops, batch_size = given["distill.num_crops"], given["batch_size"]
+    if given["distill.soft_labels"]:
+        LabelType.parse(given["distill.label_type"])
+        problems = [
+            f"config.{key} is {given[key]!r}, expected {known[key]!r} with soft labels (config.distill.soft_labels): "
+            "they stand for crops and flips of their own, and for what a teacher saw there"
+            for key in _NOT_WITH_SOFT_LABELS
+            if given[key] != known[key]
+        ]
+        if batch_size % crops:
+            problems.append(f"config.distill.num_crops is {crops}, expected what divides the batch size, {batch_size}")
+        return problems
+    problems = []
+    if crops != 1:
+        problems.append(f"config.distill.num_crops is {crops}, expected 1 without soft labels: set distill.soft_labels")
+    if not given["distill.teacher"]:
+        problems += [
+            f"config.distill.{key} is {given[f'distill.{key}']!r}, expected {known[f'distill.{key}']!r} where there is "
+            "nothing to learn from: set config.distill.teacher"
+            for key in ("temperature", "label_weight")
+            if given[f"distill.{key}"] != known[f"distill.{key}"]
+        ]
+    return problems
 
 
 def _unmet(key: str, value: Any, default: Any) -> list[str]:
@@ -156,6 +222,11 @@ def _unmet(key: str, value: Any, default: Any) -> list[str]:
         low, high, words = _RANGES.get(key, (0.0, math.inf, "a number of at least 0"))
         fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
         return [] if fits and value != math.inf else [words]
+    if isinstance(default, tuple) and len(default) == 3:
+        numbers = isinstance(value, tuple) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+        return (
+            [] if numbers and (key != "distill.std" or min(value) > 0) else ["three numbers, for red, green and blue"]
+        )
     if isinstance(default, tuple):
         high = 1.0 if key == "data.crop_area" else math.inf
         pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value)

@@ -9,11 +9,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sret_jax.data.pipeline import steps_per_epoch
+from sret_jax.data.soft_labels import SoftLabelSet
 from sret_jax.data.sources import Source
 from sret_jax.models.cost import count_macs, count_params
 from sret_jax.models.sret import SReT
 from sret_jax.models.zoo import create_model
-from sret_jax.training.build import initial_state, make_model, make_training, open_split, training_batches
+from sret_jax.training.build import (
+    initial_state,
+    make_model,
+    make_passes,
+    make_teachers,
+    make_training,
+    open_labels,
+    open_split,
+    soft_classes,
+    training_batches,
+)
 from sret_jax.training.checkpoints import Checkpoints
 from sret_jax.training.config import base_config, check_config, identity
 from sret_jax.training.distributed import check_agreement, compile_everywhere
@@ -23,6 +34,7 @@ from sret_jax.training.preemption import Preempted, Preemption
 from sret_jax.training.profile import Profile
 from sret_jax.training.report import Report
 from sret_jax.training.step_metrics import StepMetrics, check_finite, memory_used
+from sret_jax.training.teacher import Teacher, place_teachers
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
@@ -49,20 +61,28 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         open_split(config, split) for split in (config.data.train_split, config.data.eval_split)
     )
     check_agreement("the training and test images", train_source.digest() + eval_source.digest())
+    labels = open_labels(config, train_source)
+    check_agreement("the soft labels", labels.digest() if labels else "-" * 64)
     model = make_model(config, train_source.num_classes)
     epoch_steps = steps_per_epoch(train_source, config.batch_size)
     total_steps = epoch_steps * config.epochs
-    train_step, like = make_training(config, model, epoch_steps, mesh)
+    make_passes(config)  # refuses what cannot be before anything is written
+    teachers = make_teachers(config, model)
+    train_step, like = make_training(config, model, epoch_steps, mesh, teachers)
     evaluate = make_evaluation(config, model, eval_source, mesh)
     what_decides = {
         **identity(config),
         "training images": len(train_source.examples),
         "test images": len(eval_source.examples),
         "classes": model.num_classes,
+        "soft labels": labels.digest() if labels else "",
     }
 
     checkpoints = Checkpoints(
-        workdir, keep=config.checkpoint.keep, identity=what_decides, defaults=identity(base_config())
+        workdir,
+        keep=config.checkpoint.keep,
+        identity=what_decides,
+        defaults={**identity(base_config()), "soft labels": ""},
     )
     with checkpoints, Preemption() as preemption:
         said: list[str] = []
@@ -79,7 +99,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             active=jax.process_index() == 0,
         )
         with report, Profile(workdir, first_step, config.profile_steps) as profile:
-            report.start(**_facts(config, model, mesh, train_source, eval_source))
+            report.start(**_facts(config, model, mesh, train_source, eval_source, teachers, labels))
             for message in said:
                 report.message(message)
             if config.optimizer.warmup_epochs >= config.epochs:
@@ -87,17 +107,21 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                     f"the warm-up of {config.optimizer.warmup_epochs:g} epochs (config.optimizer.warmup_epochs) takes "
                     "the whole run: the learning rate rises until its end"
                 )
+            frozen = (place_teachers(teachers, mesh),) if teachers else ()
             if first_step == total_steps:
                 report.message("this run is finished: nothing is left to train")
             else:
-                batch_like = abstract_batch(mesh, config.batch_size, model.image_size)
-                train_step = compile_everywhere(train_step, like, batch_like)
+                batch_like = abstract_batch(
+                    mesh, config.batch_size, model.image_size, soft_classes=soft_classes(config, model.num_classes)
+                )
+                train_step = compile_everywhere(train_step, like, batch_like, *frozen)
 
-            batches = training_batches(config, model, train_source, first_step, local_rows(mesh, config.batch_size))
+            rows = local_rows(mesh, config.batch_size)
+            batches = training_batches(config, model, train_source, first_step, rows, labels)
             recent = StepMetrics(checkpoints, config.max_skipped_steps)
             for step in range(first_step + 1, total_steps + 1):
                 waited, batch = _timed(lambda: next(batches))
-                state, metrics = train_step(state, put_batch(batch, mesh))
+                state, metrics = train_step(state, put_batch(batch, mesh), *frozen)
                 recent.add(step, metrics, waited)
                 report.progress(step)
                 profile.after(step, metrics)
@@ -136,7 +160,15 @@ def _timed(do: Callable[[], Any]) -> tuple[float, Any]:
     return time.monotonic() - began_at, result
 
 
-def _facts(config: ConfigDict, model: SReT, mesh: Mesh, train_source: Source, eval_source: Source) -> dict[str, Any]:
+def _facts(
+    config: ConfigDict,
+    model: SReT,
+    mesh: Mesh,
+    train_source: Source,
+    eval_source: Source,
+    teachers: tuple[Teacher, ...],
+    labels: SoftLabelSet | None,
+) -> dict[str, Any]:
     device = mesh.devices.flat[0]
     named = create_model(config.model.name)
     changes = [
@@ -154,7 +186,17 @@ def _facts(config: ConfigDict, model: SReT, mesh: Mesh, train_source: Source, ev
         **({"hosts": jax.process_count()} if jax.process_count() > 1 else {}),
         "training_images": f"{train_source.name}: {len(train_source.examples):,}",
         "test_images": f"{eval_source.name}: {len(eval_source.examples):,}",
+        **({"teacher": ", ".join(teacher.name for teacher in teachers)} if teachers else {}),
+        **({"soft_labels": _described(config, labels)} if labels else {}),
         "seed": config.seed,
         **({"weights": config.init_from} if config.init_from else {}),
         **({"changed": ", ".join(changes)} if changes else {}),
     }
+
+
+def _described(config: ConfigDict, labels: SoftLabelSet) -> str:
+    crops = config.distill.num_crops
+    return (
+        f"{config.distill.soft_labels}: {labels.label_type.name} of {len(labels):,} images, {crops} crops of an image"
+        f"{' in a pass' if crops > 1 else ''}"
+    )

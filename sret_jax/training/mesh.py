@@ -105,13 +105,23 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
-def abstract_batch(mesh: Mesh, batch_size: int, image_size: int, *, mask: bool = False) -> dict[str, Any]:
-    """What `put_batch` makes of a batch for training, or, with a mask, for evaluation: to compile for it before."""
+def abstract_batch(
+    mesh: Mesh, batch_size: int, image_size: int, *, mask: bool = False, soft_classes: int = 0
+) -> dict[str, Any]:
+    """What `put_batch` makes of a batch for training, or, with a mask, for evaluation: to compile for it before.
+
+    With soft labels, `soft_classes` is how many classes each names.
+    """
 
     def split(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=split_batch(mesh))
 
-    batch = {"image": split((image_size, image_size, 3), np.uint8), "label": split((), np.int32)}
+    batch = {"image": split((image_size, image_size, 3), np.uint8)}
+    if soft_classes:
+        batch["classes"] = split((soft_classes,), np.int32)
+        batch["probabilities"] = split((soft_classes,), np.float16)
+    else:
+        batch["label"] = split((), np.int32)
     return {**batch, "mask": split((), np.bool_)} if mask else batch
 
 

@@ -1,5 +1,6 @@
 """One training step and one evaluation step: pure functions, jitted over a mesh."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -10,9 +11,12 @@ import optax
 from jax.sharding import Mesh
 
 from sret_jax.data.augment import Augmentation, normalize
+from sret_jax.data.targets import Targets
 from sret_jax.models.sret import SReT
+from sret_jax.training.losses import target_loss, teacher_loss
 from sret_jax.training.mesh import place, replicated, sharded, split_batch
 from sret_jax.training.optimizer import Schedule
+from sret_jax.training.teacher import Teacher, teacher_probabilities
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -86,6 +90,21 @@ def _initializer(
     return init
 
 
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What a student learns from beside the batch's targets. The defaults: nothing.
+
+    Attributes:
+      teachers: whose probabilities are averaged; empty where the targets say what the student is to learn.
+      temperature: that the student's logits, and the teachers', are divided by.
+      label_weight: part of the targets' loss in the loss; the rest is the teachers'.
+    """
+
+    teachers: tuple[Teacher, ...] = ()
+    temperature: float = 1.0
+    label_weight: float = 0.0
+
+
 def make_train_step(
     model: SReT,
     optimizer: optax.GradientTransformation,
@@ -96,23 +115,38 @@ def make_train_step(
     *,
     accumulation: int = 1,
     ema_decay: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    distillation: Distillation = Distillation(),
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); the old state's memory is reused.
 
-    The batch holds "image", uint8 (batch, height, width, 3), and "label", int32 (batch,), split over the mesh. Metrics
-    are float32 scalars over the global batch: loss, learning_rate, gradient_norm (before clipping), all of this step,
-    and skipped, 1 if the loss or the gradient norm was not finite: then nothing but the count of steps has changed.
+    The batch holds "image", uint8 (batch, height, width, 3), and what the augmentation makes targets of: "label", int32
+    (batch,), or soft labels, "classes" and "probabilities"; split over the mesh. Metrics are float32 scalars over the
+    global batch: loss, learning_rate, gradient_norm (before clipping), all of this step, and skipped, 1 if the loss or
+    the gradient norm was not finite: then nothing but the count of steps has changed.
 
     With `accumulation`, the augmented batch is cut into so many parts, one behind the other, and the gradients are
     averaged: memory for activations is that of a part, and so is the batch that BatchNorm sees.
 
     With a positive `ema_decay` d the state keeps the average a = d a + (1 - d) v of all variables v, BatchNorm's
     statistics among them, as timm's ModelEma does.
+
+    With teachers in `distillation` it is (state, batch, variables) -> (state, metrics), `variables` being what
+    `place_teachers` makes of theirs, and the loss is label_weight · target_loss + (1 - label_weight) · teacher_loss.
+    The teachers see the augmented images; the labels' loss knows no temperature.
     """
+    teachers, temperature = distillation.teachers, distillation.temperature
+
+    def loss_of(logits: jax.Array, targets: Targets, probabilities: jax.Array | None) -> jax.Array:
+        if probabilities is None:
+            return target_loss(logits, targets, temperature)
+        taught, weight = teacher_loss(logits, probabilities, temperature), distillation.label_weight
+        return weight * target_loss(logits, targets) + (1 - weight) * taught if weight else taught
 
     def loss_and_gradients(
-        params: Any, batch_stats: Any, images: jax.Array, targets: jax.Array, rngs: dict[str, jax.Array]
+        params: Any, batch_stats: Any, frozen: Any, images: jax.Array, targets: Targets, rngs: dict[str, jax.Array]
     ) -> tuple[tuple[jax.Array, Any], Any]:
+        probabilities = teacher_probabilities(teachers, frozen, images, temperature) if teachers else None
+
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:
             # Gathered as a whole: without the constraint, XLA may choose to split the activations in odd ways.
             logits, updates = model.apply(
@@ -122,18 +156,18 @@ def make_train_step(
                 mutable=["batch_stats"],
                 rngs=rngs,
             )
-            return optax.softmax_cross_entropy(logits, targets).mean(), updates["batch_stats"]
+            return loss_of(logits, targets, probabilities), updates["batch_stats"]
 
         return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
     def accumulated(
-        params: Any, batch_stats: Any, images: jax.Array, targets: jax.Array, rngs: dict[str, jax.Array]
+        params: Any, batch_stats: Any, frozen: Any, images: jax.Array, targets: Targets, rngs: dict[str, jax.Array]
     ) -> tuple[tuple[jax.Array, Any], Any]:
-        def add(carry: tuple[Any, Any, Any], part: tuple[jax.Array, ...]) -> tuple[tuple[Any, Any, Any], None]:
+        def add(carry: tuple[Any, Any, Any], part: tuple[Any, ...]) -> tuple[tuple[Any, Any, Any], None]:
             loss_sum, gradient_sum, batch_stats = carry
             number, images, targets = part
             part_rngs = {name: jax.random.fold_in(rng, number) for name, rng in rngs.items()}
-            (loss, batch_stats), gradients = loss_and_gradients(params, batch_stats, images, targets, part_rngs)
+            (loss, batch_stats), gradients = loss_and_gradients(params, batch_stats, frozen, images, targets, part_rngs)
             return (loss_sum + loss, jax.tree.map(jnp.add, gradient_sum, gradients), batch_stats), None
 
         def parts(array: jax.Array) -> jax.Array:
@@ -141,16 +175,17 @@ def make_train_step(
             return array.reshape(-1, accumulation, *array.shape[1:]).swapaxes(0, 1)
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), batch_stats)
-        numbers = jnp.arange(accumulation)
-        (loss, gradients, batch_stats), _ = jax.lax.scan(add, zeros, (numbers, parts(images), parts(targets)))
+        parts_of_all = (jnp.arange(accumulation), parts(images), jax.tree.map(parts, targets))
+        (loss, gradients, batch_stats), _ = jax.lax.scan(add, zeros, parts_of_all)
         return (loss / accumulation, batch_stats), jax.tree.map(lambda g: g / accumulation, gradients)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, frozen: Any = ()) -> tuple[TrainState, Metrics]:
         augment_key, dropout_key, permutation_key = step_keys(seed, state.step)
         images, targets = augmentation(augment_key, batch, model.num_classes)
         rngs = {"dropout": dropout_key, "permutation": permutation_key}
         differentiate = loss_and_gradients if accumulation == 1 else accumulated
-        (loss, batch_stats), gradients = differentiate(state.params, state.batch_stats, images, targets, rngs)
+        frozen = jax.lax.with_sharding_constraint(frozen, whole)
+        (loss, batch_stats), gradients = differentiate(state.params, state.batch_stats, frozen, images, targets, rngs)
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -175,9 +210,8 @@ def make_train_step(
 
     whole = replicated(mesh)
     placed = sharded(mesh, abstract_state(model, optimizer, mesh, ema=bool(ema_decay)))
-    return jax.jit(
-        train_step, in_shardings=(placed, split_batch(mesh)), out_shardings=(placed, whole), donate_argnums=0
-    )
+    arguments = (placed, split_batch(mesh), *([None] if teachers else []))
+    return jax.jit(train_step, in_shardings=arguments, out_shardings=(placed, whole), donate_argnums=0)
 
 
 def make_eval_step(model: SReT, mesh: Mesh) -> Callable[[Mapping[str, Any], Batch], Metrics]:

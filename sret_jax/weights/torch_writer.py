@@ -8,7 +8,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -32,14 +32,34 @@ def torch_file_content(state_dict: Mapping[str, np.ndarray]) -> bytes:
     Raises:
       KeyError: a dtype that PyTorch has no storage for.
     """
-    arrays = dict(state_dict)  # a mapping may make its arrays anew whenever it is asked
+    return _archive(dict(state_dict), _described_state_dict)
+
+
+def torch_list_content(arrays: Sequence[np.ndarray]) -> bytes:
+    """The content of a file that `torch.load(path, weights_only=True)` reads as a list of tensors.
+
+    Args:
+      arrays: in the order of the list.
+
+    Raises:
+      KeyError: a dtype that PyTorch has no storage for.
+    """
+    return _archive({str(number): array for number, array in enumerate(arrays)}, _described_list)
+
+
+_Described = Mapping[str, tuple[str, np.ndarray]]
+
+
+def _archive(arrays: Mapping[str, np.ndarray], describe: Callable[[_Described], bytes]) -> bytes:
+    """The zip archive; `describe` makes the pickle's one object of each array and the key of its numbers."""
     keys: dict[int, str] = {}
     entries: dict[str, bytes] = {"data.pkl": b"", "byteorder": b"little"}
     for array in arrays.values():
         if id(array) not in keys:
             keys[id(array)] = str(len(keys))
             entries[f"data/{keys[id(array)]}"] = array.tobytes()
-    entries["data.pkl"] = _pickle({name: (keys[id(array)], array) for name, array in arrays.items()})
+    described = describe({name: (keys[id(array)], array) for name, array in arrays.items()})
+    entries["data.pkl"] = pickle.PROTO + b"\x02" + described + pickle.STOP
     entries["version"] = b"3\n"
 
     file = io.BytesIO()
@@ -53,12 +73,16 @@ def torch_file_content(state_dict: Mapping[str, np.ndarray]) -> bytes:
     return file.getvalue()
 
 
-def _pickle(described: Mapping[str, tuple[str, np.ndarray]]) -> bytes:
-    """The pickle of {"model": OrderedDict of tensors}; it names PyTorch's functions without importing them."""
+def _described_state_dict(described: _Described) -> bytes:
+    """{"model": OrderedDict of tensors}; it names PyTorch's functions without importing them."""
     items = b"".join(_text(name) + _tensor(key, array) for name, (key, array) in described.items())
     state_dict = _EMPTY_ORDERED_DICT + pickle.MARK + items + pickle.SETITEMS
-    whole = pickle.EMPTY_DICT + _text("model") + state_dict + pickle.SETITEM
-    return pickle.PROTO + b"\x02" + whole + pickle.STOP
+    return pickle.EMPTY_DICT + _text("model") + state_dict + pickle.SETITEM
+
+
+def _described_list(described: _Described) -> bytes:
+    items = b"".join(_tensor(key, array) for key, array in described.values())
+    return pickle.EMPTY_LIST + pickle.MARK + items + pickle.APPENDS
 
 
 def _tensor(key: str, array: np.ndarray) -> bytes:

@@ -10,6 +10,7 @@ from scipy import stats
 
 from sret_jax.data.augment import Augmentation, mixup_cutmix, normalize, random_erasing, random_flip
 from sret_jax.data.decode import random_crop_box
+from sret_jax.data.targets import Targets
 
 DRAWS = 10_000  # over which distributions are compared with their closed forms
 
@@ -72,7 +73,17 @@ def test_random_flip_mirrors_with_the_probability_given(probability: float) -> N
     assert stats.binomtest(int(mirrored), 4000, probability).pvalue > 0.001
 
 
-jitted_mixup_cutmix = jax.jit(mixup_cutmix, static_argnums=(3, 4))
+def mixup_cutmix_dense(
+    key: jax.Array, images: jax.Array, targets: jax.Array, mixup_alpha: float, cutmix_alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """`mixup_cutmix` of targets that name every class."""
+    classes = jnp.broadcast_to(jnp.arange(targets.shape[1]), targets.shape)
+    named = Targets(classes, jnp.asarray(targets), jnp.zeros(len(targets)))
+    mixed_images, mixed_targets = mixup_cutmix(key, images, named, mixup_alpha, cutmix_alpha)
+    return mixed_images, mixed_targets.dense(targets.shape[1])
+
+
+jitted_mixup_cutmix = jax.jit(mixup_cutmix_dense, static_argnums=(3, 4))
 
 
 jitted_random_erasing = jax.jit(random_erasing)
@@ -148,7 +159,7 @@ def test_random_erasing_tries_again_where_a_rectangle_does_not_fit() -> None:
 
 
 def test_without_alphas_nothing_is_mixed(images: np.ndarray, targets: np.ndarray) -> None:
-    mixed_images, mixed_targets = mixup_cutmix(jax.random.key(0), images, targets, 0.0, 0.0)
+    mixed_images, mixed_targets = mixup_cutmix_dense(jax.random.key(0), images, targets, 0.0, 0.0)
     np.testing.assert_array_equal(mixed_images, images)
     np.testing.assert_array_equal(mixed_targets, targets)
 
@@ -189,7 +200,7 @@ MIXED_SIZE = 32
 def mix_ones_with_zeros(mixup_alpha: float, cutmix_alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """10,000 draws of an image of ones mixed with one of zeros: its pixels, and the targets of both, one-hot before."""
     pair = jnp.stack([jnp.ones((MIXED_SIZE, MIXED_SIZE, 1)), jnp.zeros((MIXED_SIZE, MIXED_SIZE, 1))])
-    mix = jax.vmap(lambda key: mixup_cutmix(key, pair, jnp.eye(2), mixup_alpha, cutmix_alpha))
+    mix = jax.vmap(lambda key: mixup_cutmix_dense(key, pair, jnp.eye(2), mixup_alpha, cutmix_alpha))
     mixed_images, mixed_targets = mix(jax.random.split(jax.random.key(3), DRAWS))
     return np.asarray(mixed_images[:, 0, :, :, 0]), np.asarray(mixed_targets)
 
@@ -277,28 +288,33 @@ def test_each_augmentation_is_wired_to_its_setting() -> None:
         "image": rng.integers(256, size=(16, 32, 32, 3), dtype=np.uint8),
         "label": rng.integers(classes, size=16, dtype=np.int32),
     }
-    plain, hard = Augmentation()(key, batch, classes)
+
+    def augmented(augmentation: Augmentation) -> tuple[jax.Array, jax.Array]:
+        images, targets = augmentation(key, batch, classes)
+        return images, targets.dense(classes)
+
+    plain, hard = augmented(Augmentation())
     np.testing.assert_array_equal(hard, np.eye(classes)[batch["label"]])
 
-    flipped, targets = Augmentation(flip=1.0)(key, batch, classes)
+    flipped, targets = augmented(Augmentation(flip=1.0))
     np.testing.assert_array_equal(flipped, plain[:, :, ::-1])
     np.testing.assert_array_equal(targets, hard)
 
-    erased, targets = Augmentation(erasing=1.0)(key, batch, classes)
+    erased, targets = augmented(Augmentation(erasing=1.0))
     share = np.mean(np.any(np.asarray(erased != plain), axis=-1), axis=(1, 2))
     assert np.all((share > 0.01) & (share < 0.4))
     np.testing.assert_array_equal(targets, hard)
 
-    mixed, targets = Augmentation(mixup=0.8)(key, batch, classes)
+    mixed, targets = augmented(Augmentation(mixup=0.8))
     row = np.argmax(batch["label"] != batch["label"][::-1])  # whose partner has another label
     weight = np.asarray(targets)[row, batch["label"][row]]
     np.testing.assert_allclose(mixed, weight * plain + (1 - weight) * plain[::-1], atol=1e-5)  # float32
 
-    cut, targets = Augmentation(cutmix=1.0)(key, batch, classes)
+    cut, targets = augmented(Augmentation(cutmix=1.0))
     from_partner = np.asarray(cut != plain)
     np.testing.assert_array_equal(np.asarray(cut)[from_partner], np.asarray(plain[::-1])[from_partner])
     np.testing.assert_allclose(np.asarray(targets).sum(1), 1, atol=1e-6)  # float32
 
-    same, smoothed = Augmentation(label_smoothing=0.1)(key, batch, classes)
+    same, smoothed = augmented(Augmentation(label_smoothing=0.1))
     np.testing.assert_array_equal(same, plain)
     np.testing.assert_allclose(smoothed, np.where(hard, 0.91, 0.01), rtol=1e-6)

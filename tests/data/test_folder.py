@@ -121,7 +121,7 @@ def test_a_file_that_vanished_is_unreadable(tmp_path: Path) -> None:
     examples = list_folder(str(tmp_path), "train")
     (vanished,) = np.flatnonzero(examples.labels == 1)
     (tmp_path / "train/b/2.jpg").unlink()
-    assert examples[1 - vanished] == {"image": b"train/a/1.jpg", "label": 0}
+    assert examples[1 - vanished] == {"image": b"train/a/1.jpg", "label": 0, "key": "train/a/1"}
     with pytest.raises(UnreadableError, match=r"^No such file or directory$"):
         examples[vanished]
     assert examples.file_name(vanished) == str(tmp_path / "train/b/2.jpg")

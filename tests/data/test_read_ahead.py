@@ -25,7 +25,12 @@ def load() -> Callable[[Sequence[int]], list[Example]]:
 
     def load(positions: Sequence[int]) -> list[Example]:  # inside, so that workers need not import this module
         return [
-            Example(np.full((2, 2, 3), p % 256, np.uint8), p, p % 2 == 0, [(p, "a"), (7, "b")] if p % 3 == 0 else [])
+            Example(
+                np.full((2, 2, 3), p % 256, np.uint8),
+                {"label": np.int32(p)},
+                p % 2 == 0,
+                [(p, "a"), (7, "b")] if p % 3 == 0 else [],
+            )
             for p in positions
         ]
 

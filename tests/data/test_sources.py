@@ -154,6 +154,18 @@ def test_examples_that_were_no_files_have_no_names(digits_folder: Path) -> None:
     assert not hasattr(open_source("synthetic", "train").examples, "file_name")
 
 
+def test_without_names_of_files_the_key_is_the_number_in_the_whole_split(digits_folder: Path) -> None:
+    whole, part = (open_source("digits", split, str(digits_folder)).examples for split in ("train", "train[5:9]+test"))
+    assert whole.keys()[:2] == ["train/00000000", "train/00000001"]
+    assert len(whole.keys()) == len(set(whole.keys())) == len(whole)
+    assert part.keys()[:5] == ["train/00000005", "train/00000006", "train/00000007", "train/00000008", "test/00000000"]
+    for index in (0, 3, 4, len(part) - 1):
+        assert part[index]["key"] == part.keys()[index]
+    assert part[1] == whole[6]
+    noise = open_source("synthetic", "train", length=3).examples
+    assert [noise[index]["key"] for index in range(3)] == noise.keys() == [f"train/{i:08d}" for i in range(3)]
+
+
 def test_a_dataset_may_have_any_features_beside_image_and_label(tmp_path: Path) -> None:
     class Named(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = "named"
@@ -183,8 +195,9 @@ def test_a_dataset_may_have_any_features_beside_image_and_label(tmp_path: Path) 
         assert (source.num_classes, source.class_names) == (2, ("yes", "no"))
         for index in range(2):
             example = source.examples[index]
-            assert example.keys() == {"image", "label"}
+            assert example.keys() == {"image", "label", "key"}
             number = 1 - example["label"]
+            assert example["key"] == f"train/{['yes', 'no'][example['label']]}/{example['image'][-9]}"
             assert example["image"] == digits._encode_png(np.full((3, 3, 3), number, np.uint8))
             assert source.examples.file_name(index) == f"{example['image'][-9]}.png"
 

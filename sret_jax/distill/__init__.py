@@ -1,0 +1,1 @@
+"""Makes soft labels in advance: `python -m sret_jax.distill`."""
