@@ -69,7 +69,7 @@ class LabelType(NamedTuple):
 
 
 class SoftLabels(NamedTuple):
-    """The soft labels of one image.
+    """The soft labels of one image. One that did not decode when they were made has no crops.
 
     Attributes:
       boxes: float32 or float16 (crops, 4): top, left, height and width of each crop, as parts of the image's height,
@@ -302,8 +302,6 @@ def check_labels(labels: SoftLabels, num_classes: int) -> None:
       ValueError: a box outside the image, a class that is none, or what is no probability; the message says which crop.
     """
     top_left, sides = labels.boxes[:, :2].astype(np.float32), labels.boxes[:, 2:].astype(np.float32)
-    if not len(labels.boxes):
-        raise ValueError("it holds no crop, expected one or more")
     # Written so that NaN is refused.
     _refuse(
         ~((top_left >= 0) & (sides > 0) & (top_left + sides <= 1 + _BOX_ROUNDING)).all(axis=1),

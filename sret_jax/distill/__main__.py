@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from sret_jax.data.pack import with_progress
 from sret_jax.data.sources import Source, open_source
-from sret_jax.distill.generate import Recipe, generate
+from sret_jax.distill.generate import generate
+from sret_jax.distill.recipe import Recipe
 from sret_jax.training.distributed import connect
 
 _DEFAULTS = Recipe(teacher="")

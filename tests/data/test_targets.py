@@ -6,7 +6,7 @@ import pytest
 from sret_jax.data.soft_labels import LabelType
 from sret_jax.data.targets import Targets, label_targets, mix, soft_targets
 from sret_jax.training.losses import target_loss, teacher_loss
-from tests.golden.cases import FOLDER
+from tests.golden.golden import FOLDER
 
 CLASSES = 50  # of the golden labels
 TYPES = ["hard", "smoothing", "marginal_smoothing_k5", "marginal_renorm_k5", "marginal_smoothing_k10"]

@@ -1,14 +1,11 @@
 """Golden results in this project's terms: the same network as a module, recorded permutations by stage."""
 
-import pathlib
 from typing import Any
 
 import numpy as np
 
 import sret_jax
 from tests.golden import golden
-
-FOLDER = pathlib.Path(__file__).parent
 
 
 def model_of(config: dict, **fields: Any) -> sret_jax.SReT:

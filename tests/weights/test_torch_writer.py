@@ -16,7 +16,7 @@ import pytest
 
 import sret_jax
 from sret_jax.weights.torch_pickle import STORAGE_DTYPES
-from sret_jax.weights.torch_writer import torch_file_content
+from sret_jax.weights.torch_writer import torch_file_content, torch_list_content
 from tests.golden import golden
 from tests.golden.cases import model_of
 
@@ -80,8 +80,18 @@ def test_every_array_comes_back(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["behind"], BASE)
 
 
-def test_python_unpickles_what_pytorch_is_told() -> None:
-    content = torch_file_content(ARRAYS)
+def test_a_list_comes_back_as_a_list(tmp_path: Path) -> None:
+    arrays = [np.asarray(array) for array in ARRAYS.values()]
+    for given in ([], arrays[:1], arrays):
+        found = _read(tmp_path, torch_list_content(given))
+        assert type(found) is list and len(found) == len(given)
+        for there, array in zip(found, given, strict=True):
+            np.testing.assert_array_equal(there, array, strict=True)
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_python_unpickles_what_pytorch_is_told(is_list: bool) -> None:
+    content = torch_list_content(list(ARRAYS.values())) if is_list else torch_file_content(ARRAYS)
     entries = {name: data for name, (_, data) in _entries(content).items()}
     types = {name.removeprefix("torch."): dtype for name, dtype in STORAGE_DTYPES.items()}
 
@@ -101,6 +111,9 @@ def test_python_unpickles_what_pytorch_is_told() -> None:
             return np.frombuffer(entries[f"archive/data/{key}"], dtype, elements)
 
     found = Unpickler(io.BytesIO(entries["archive/data.pkl"])).load()
+    if is_list:
+        assert isinstance(found, list)
+        found = {"model": dict(zip(ARRAYS, found, strict=True))}
     assert list(found) == ["model"]
     assert list(found["model"]) == list(ARRAYS)
     for name, array in ARRAYS.items():

@@ -1,0 +1,89 @@
+"""The teachers on the devices: from crops to what is kept of their probabilities."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sret_jax.data.augment import normalize
+from sret_jax.data.soft_labels import LabelType
+from sret_jax.training.mesh import replicated, split_batch
+from sret_jax.training.teacher import Teacher, place_teachers, teacher_probabilities
+
+# How many batches the host is ahead of the devices.
+_BATCHES_AHEAD = 2
+
+
+class Labeller:
+    """From crops to what is kept of the teachers' probabilities.
+
+    Attributes:
+      image_size: height and width of the crops, pixels: those of the teacher that sees the largest.
+      batch_size: crops in a batch.
+      k: classes that a label names.
+    """
+
+    def __init__(
+        self, teachers: tuple[Teacher, ...], mesh: Mesh, batch_size: int, label_type: LabelType, temperature: float
+    ) -> None:
+        self.image_size = max(teacher.image_size for teacher in teachers)
+        self.batch_size = batch_size
+        self.num_classes = teachers[0].num_classes
+        self.k = label_type.size(self.num_classes)
+        self._split = split_batch(mesh)
+        self._variables = place_teachers(teachers, mesh)
+        whole = replicated(mesh)
+
+        def probabilities(variables: Any, images: jax.Array) -> jax.Array:
+            variables = jax.lax.with_sharding_constraint(variables, whole)
+            return teacher_probabilities(teachers, variables, normalize(images), temperature)
+
+        def labels(variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            every = probabilities(variables, images)
+            if label_type.kind == "ori":
+                classes = jax.lax.broadcasted_iota(np.int32, every.shape, 1)
+                return classes, every
+            kept, classes = jax.lax.top_k(every, self.k)
+            return classes, jnp.ones_like(kept) if label_type.kind == "hard" else kept
+
+        def hits(variables: Any, images: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+            return ((probabilities(variables, images).argmax(axis=1) == labels) & mask).sum()
+
+        self._labels, self._hits = jax.jit(labels), jax.jit(hits)
+        self._nothing = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+        self._waiting, self._sent = self._nothing, 0
+        self._results: list[tuple[jax.Array, jax.Array]] = []
+
+    def add(self, crops: np.ndarray) -> None:
+        """Hands in crops, uint8 (any, image_size, image_size, 3): batches are computed as soon as they are full."""
+        self._waiting = np.concatenate([self._waiting, crops]) if len(self._waiting) else crops
+        while len(self._waiting) >= self.batch_size:
+            self._send(self._waiting[: self.batch_size])
+            self._waiting = self._waiting[self.batch_size :]
+
+    def take(self) -> tuple[np.ndarray, np.ndarray]:
+        """Classes int32 and probabilities float32, (crops, k), of all crops since it was called last.
+
+        They are computed in batches of their own, the last filled up: what came before has no part in them.
+        """
+        count = self._sent * self.batch_size + len(self._waiting)
+        if len(self._waiting):
+            missing = self.batch_size - len(self._waiting)
+            self._send(np.pad(self._waiting, ((0, missing), (0, 0), (0, 0), (0, 0))))
+        classes, probabilities = (np.concatenate(parts)[:count] for parts in zip(*self._results, strict=True))
+        self._waiting, self._results, self._sent = self._nothing, [], 0
+        return classes, probabilities
+
+    def _send(self, crops: np.ndarray) -> None:
+        self._results.append(self._labels(self._variables, jax.device_put(crops, self._split)))
+        self._sent += len(crops) == self.batch_size
+        if len(self._results) > _BATCHES_AHEAD:
+            jax.block_until_ready(self._results[-1 - _BATCHES_AHEAD])
+
+    def hits(self, batch: Mapping[str, np.ndarray]) -> int:
+        """How many examples of a batch the teacher is right about."""
+        arrays = (jax.device_put(batch[name], self._split) for name in ("image", "label", "mask"))
+        return int(self._hits(self._variables, *arrays))
