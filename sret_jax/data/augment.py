@@ -44,13 +44,15 @@ class Augmentation:
           float32 images of the same shape, and the targets.
         """
         flip_key, mix_key, erasing_key = jax.random.split(key, 3)
-        images = random_flip(flip_key, normalize(batch["image"]), self.flip)
-        images = random_erasing(erasing_key, images, self.erasing)
+        images = random_flip(flip_key, batch["image"], self.flip)
+        if self.erasing:  # with noise that no uint8 holds
+            images = random_erasing(erasing_key, normalize(images), self.erasing)
         if self.soft_labels:
             targets = soft_targets(batch["classes"], batch["probabilities"], self.soft_labels, num_classes)
         else:
             targets = label_targets(batch["label"], num_classes, self.label_smoothing)
-        return mixup_cutmix(mix_key, images, targets, self.mixup, self.cutmix, self.partner)
+        images, targets = mixup_cutmix(mix_key, images, targets, self.mixup, self.cutmix, self.partner)
+        return normalize(images) if images.dtype == jnp.uint8 else images, targets
 
 
 def normalize(images: Array) -> Array:
@@ -128,7 +130,8 @@ def mixup_cutmix(
 
     Args:
       key: random key.
-      images: float32 (batch, height, width, channels).
+      images: float32 (batch, height, width, channels); or uint8, which takes a quarter of the time to exchange between
+        devices, and is normalised.
       targets: of the batch.
       mixup_alpha: a Python number; 0 turns mixup off.
       cutmix_alpha: a Python number; 0 turns cutmix off. With both off, nothing changes.
@@ -136,7 +139,7 @@ def mixup_cutmix(
         where neighbours are crops of one image.
 
     Returns:
-      Mixed images of the same shape and dtype, and their targets.
+      Mixed images of the same shape, float32, and their targets. Where nothing is mixed, both as they were.
     """
     if mixup_alpha == 0 and cutmix_alpha == 0:
         return images, targets
@@ -157,7 +160,10 @@ def mixup_cutmix(
         rows = jax.random.permutation(jax.random.fold_in(key, 1), len(images))
     pixel_weights = jnp.where(use_cutmix, kept, weight)[..., None]
     target_weight = jnp.where(use_cutmix, jnp.mean(kept), weight)
-    images = pixel_weights * images + (1 - pixel_weights) * images[rows]
+    partner_images = images[rows]
+    if images.dtype == jnp.uint8:
+        images, partner_images = normalize(images), normalize(partner_images)
+    images = pixel_weights * images + (1 - pixel_weights) * partner_images
     partners = Targets(*(array[rows] for array in targets))
     return images, mix(targets, partners, target_weight)
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from sret_jax.data.augment import Augmentation, mixup_cutmix, normalize, random_erasing, random_flip
 from sret_jax.data.decode import random_crop_box
-from sret_jax.data.targets import Targets
+from sret_jax.data.targets import Targets, label_targets
 
 DRAWS = 10_000  # over which distributions are compared with their closed forms
 
@@ -318,3 +318,57 @@ def test_each_augmentation_is_wired_to_its_setting() -> None:
     same, smoothed = augmented(Augmentation(label_smoothing=0.1))
     np.testing.assert_array_equal(same, plain)
     np.testing.assert_allclose(smoothed, np.where(hard, 0.91, 0.01), rtol=1e-6)
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0)])
+def test_permuted_partners_are_those_of_a_random_permutation(alphas: tuple[float, float]) -> None:
+    # Every row has a colour and a class of its own, and a box or a weight of the partner's in it.
+    rows = 32
+    images = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.float32)[:, None, None, None], (rows, 16, 16, 3)) ** 2
+    targets = label_targets(jnp.arange(rows), rows, 0.0)
+    mix = jax.jit(lambda key: mixup_cutmix(key, images, targets, *alphas, "permuted"))
+    partners = []
+    for seed in range(4):
+        mixed_images, mixed_targets = mix(jax.random.key(seed))
+        dense = np.asarray(mixed_targets.dense(rows))
+        own = np.diag(dense)
+        weight = np.median(own)
+        assert 0.01 < weight < 0.99
+        partner = np.where(own > 0.999, np.arange(rows), np.argmax(dense - np.diag(own), axis=1))
+        assert sorted(partner) == list(range(rows))
+        np.testing.assert_allclose(dense[np.arange(rows), partner], np.where(own > 0.999, 1, 1 - weight), rtol=1e-4)
+        expected = weight * np.arange(rows) ** 2 + (1 - weight) * partner**2
+        np.testing.assert_allclose(np.asarray(mixed_images).mean(axis=(1, 2, 3)), expected, rtol=1e-4)
+        partners.append(tuple(partner))
+    assert len(set(partners)) == 4
+    assert tuple(range(rows))[::-1] not in partners
+
+
+@pytest.mark.parametrize("partner", ["reversed", "permuted"])
+def test_uint8_images_are_mixed_as_what_they_are_normalised_to(partner: str) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(8, 12, 12, 3), dtype=np.uint8)
+    targets = label_targets(jnp.arange(8), 8, 0.1)
+    for seed in range(4):
+        found, expected = (
+            mixup_cutmix(jax.random.key(seed), images, targets, 0.8, 1.0, partner)
+            for images in (jnp.asarray(pixels), normalize(jnp.asarray(pixels)))
+        )
+        assert found[0].dtype == jnp.float32
+        np.testing.assert_allclose(found[0], expected[0], atol=1e-6)  # float32
+        jax.tree.map(np.testing.assert_array_equal, found[1], expected[1])
+
+
+def test_soft_labels_of_a_batch_become_its_targets() -> None:
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.integers(256, size=(4, 8, 8, 3), dtype=np.uint8)),
+        "classes": jnp.array([[3, 1], [0, 4], [2, 3], [4, 0]]),
+        "probabilities": jnp.full((4, 2), 0.25, jnp.float16),
+    }
+    images, targets = Augmentation(soft_labels="marginal_smoothing")(jax.random.key(0), batch, 5)
+    np.testing.assert_array_equal(images, normalize(batch["image"]))
+    expected = np.full((4, 5), 0.5 / 3)
+    np.put_along_axis(expected, np.asarray(batch["classes"]), 0.25, axis=1)
+    np.testing.assert_allclose(targets.dense(5), expected, rtol=1e-6)
+    _, renormalised = Augmentation(soft_labels="marginal_renorm")(jax.random.key(0), batch, 5)
+    np.testing.assert_allclose(np.sort(renormalised.dense(5)), [[0, 0, 0, 0.5, 0.5]] * 4)
