@@ -64,6 +64,7 @@ def train_batches(
     repeats: int = 1,
     rand_augment: str = "",
     soft_labels: SoftLabelSet | None = None,
+    bicubic: bool = False,
     passes: Passes = ONE_CROP,
     max_broken: int = 100,
     num_threads: int = 16,
@@ -94,6 +95,7 @@ def train_batches(
         al., 2020). An epoch keeps its length: it shows the first `1 / repeats` of its order.
       rand_augment: timm's name of a policy, such as `rand-m9-mstd0.5-inc1`; empty for none.
       soft_labels: of every image of the source; then `crop_area`, `crop_aspect` and `rand_augment` are not used.
+      bicubic: resize their crops bicubically, instead of bilinearly as the authors do.
       passes: how many crops of an image stand one behind the other in which epochs; one by default.
       max_broken: how many different broken images this host puts up with; each is logged once.
       num_threads: threads that read and decode ahead of the caller, in each process.
@@ -117,7 +119,7 @@ def train_batches(
         )
         blank_target: Mapping[str, Any] = {"label": np.int32(0)}
     else:
-        show = _StoredCrops(seed=seed, image_size=image_size, soft_labels=soft_labels)
+        show = _StoredCrops(seed=seed, image_size=image_size, soft_labels=soft_labels, bicubic=bicubic)
         k = soft_labels.label_type.size(soft_labels.num_classes)
         blank_target = {"classes": np.zeros(k, np.int32), "probabilities": np.zeros(k, np.float16)}
     load = functools.partial(
@@ -238,6 +240,7 @@ class _StoredCrops(NamedTuple):
     seed: int
     image_size: int
     soft_labels: SoftLabelSet
+    bicubic: bool
 
     def __call__(self, example: Mapping[str, Any], group: _Group) -> list[_Shown]:
         labels = self.soft_labels.read(example["key"])
@@ -251,7 +254,7 @@ class _StoredCrops(NamedTuple):
         rng = np.random.default_rng((self.seed, group.place, _OF_IMAGES))
         chosen = rng.choice(len(labels.boxes), group.crops_in_pass, replace=False)[group.crops]
         boxes = labels.boxes[chosen].astype(np.float16)
-        crops = stored_crops(example["image"], self.image_size, boxes, labels.flips[chosen])
+        crops = stored_crops(example["image"], self.image_size, boxes, labels.flips[chosen], bicubic=self.bicubic)
         classes = labels.classes[chosen].astype(np.int32)
         probabilities = labels.probabilities[chosen].astype(np.float16)
         return [

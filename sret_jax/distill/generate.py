@@ -143,6 +143,7 @@ def generate(
             if authors_layout:
                 _give_name(home, target, origin)
             else:
+                say(f"labelled       {len(source.examples):,} images; now they are packed")
                 _pack(units, target, recipe, source.num_classes, label_type, origin)
             remove(home)
         else:

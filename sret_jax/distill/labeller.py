@@ -53,33 +53,35 @@ class Labeller:
             return ((probabilities(variables, images).argmax(axis=1) == labels) & mask).sum()
 
         self._labels, self._hits = jax.jit(labels), jax.jit(hits)
-        self._nothing = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
-        self._waiting, self._sent = self._nothing, 0
+        self._waiting: list[np.ndarray] = []
         self._results: list[tuple[jax.Array, jax.Array]] = []
 
     def add(self, crops: np.ndarray) -> None:
         """Hands in crops, uint8 (any, image_size, image_size, 3): batches are computed as soon as they are full."""
-        self._waiting = np.concatenate([self._waiting, crops]) if len(self._waiting) else crops
-        while len(self._waiting) >= self.batch_size:
-            self._send(self._waiting[: self.batch_size])
-            self._waiting = self._waiting[self.batch_size :]
+        self._waiting.append(crops)
+        if sum(map(len, self._waiting)) >= self.batch_size:
+            joined = np.concatenate(self._waiting)
+            full = len(joined) // self.batch_size * self.batch_size
+            for start in range(0, full, self.batch_size):
+                self._send(joined[start : start + self.batch_size])
+            self._waiting = [joined[full:]]
 
     def take(self) -> tuple[np.ndarray, np.ndarray]:
         """Classes int32 and probabilities float32, (crops, k), of all crops since it was called last.
 
         They are computed in batches of their own, the last filled up: what came before has no part in them.
         """
-        count = self._sent * self.batch_size + len(self._waiting)
-        if len(self._waiting):
-            missing = self.batch_size - len(self._waiting)
-            self._send(np.pad(self._waiting, ((0, missing), (0, 0), (0, 0), (0, 0))))
+        left = sum(map(len, self._waiting))
+        count = len(self._results) * self.batch_size + left
+        if left:
+            rest = np.concatenate(self._waiting)
+            self._send(np.pad(rest, ((0, self.batch_size - left), (0, 0), (0, 0), (0, 0))))
         classes, probabilities = (np.concatenate(parts)[:count] for parts in zip(*self._results, strict=True))
-        self._waiting, self._results, self._sent = self._nothing, [], 0
+        self._waiting, self._results = [], []
         return classes, probabilities
 
     def _send(self, crops: np.ndarray) -> None:
         self._results.append(self._labels(self._variables, jax.device_put(crops, self._split)))
-        self._sent += len(crops) == self.batch_size
         if len(self._results) > _BATCHES_AHEAD:
             jax.block_until_ready(self._results[-1 - _BATCHES_AHEAD])
 

@@ -187,6 +187,7 @@ def training_batches(
         repeats=config.data.repeats,
         rand_augment=config.data.rand_augment,
         soft_labels=labels,
+        bicubic=config.distill.interpolation == "bicubic",
         passes=make_passes(config),
         max_broken=config.data.max_broken,
         num_threads=config.data.threads,

@@ -35,6 +35,7 @@ HOW_NOT_WHAT = (
 _CHOICES = {
     "augment.partner": ("reversed", "permuted"),
     "distill.dtype": ("float32", "bfloat16"),
+    "distill.interpolation": ("bilinear", "bicubic"),
     "mode": ("train", "eval"),
     "optimizer.schedule": ("cosine", "constant"),
 }
@@ -143,6 +144,7 @@ def base_config() -> ConfigDict:
     config.distill.label_weight = 0.0  # part of the labels in the loss, beside a teacher's
     config.distill.soft_labels = ""  # folder of labels that a teacher gave before, instead of one; empty is none
     config.distill.label_type = "marginal_smoothing_k5"  # of these
+    config.distill.interpolation = "bilinear"  # of their crops, as the authors train, or "bicubic"
     config.distill.num_crops = 1  # of an image in a batch; a pass over the images then counts as so many epochs
 
     config.optimizer = ConfigDict()

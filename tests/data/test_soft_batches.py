@@ -100,6 +100,17 @@ def test_every_row_is_a_stored_crop_with_its_label_and_every_pass_shows_every_im
     assert len(orders) == len(epochs)
 
 
+def test_crops_are_bicubic_on_request(source: Source, labels: SoftLabelSet) -> None:
+    (batch,) = batches(source, labels, 1, bicubic=True)
+    known = set()
+    for index in range(len(source.examples)):
+        example = source.examples[index]
+        stored = labels.read(example["key"])
+        boxes = stored.boxes.astype(np.float16)
+        known |= {crop.tobytes() for crop in stored_crops(example["image"], SIZE, boxes, stored.flips, bicubic=True)}
+    assert all(image.tobytes() in known for image in batch["image"])
+
+
 def test_batches_depend_on_their_number_and_rows_alone(source: Source, labels: SoftLabelSet) -> None:
     whole = batches(source, labels, 10)
     later = batches(source, labels, 6, first_batch=4, num_threads=2)
