@@ -131,8 +131,10 @@ def stored_crops(
     # The resizer of `random_crops` takes half the time, but bilinearly it is two grey levels off in one value of 60
     # million, bicubically up to 12 at the edges in photographs.
     filter_type = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
-    crops = [np.asarray(image.crop(box).resize((image_size, image_size), filter_type)) for box in whole]
-    return [crop[:, ::-1] if is_flipped else crop for crop, is_flipped in zip(crops, flips, strict=True)]
+    crops = [image.crop(box).resize((image_size, image_size), filter_type) for box in whole]
+    # By Pillow: to copy NumPy's mirrored view, as a batch does, takes eight times as long.
+    flip = Image.Transpose.FLIP_LEFT_RIGHT
+    return [np.asarray(crop.transpose(flip) if flipped else crop) for crop, flipped in zip(crops, flips, strict=True)]
 
 
 def central_crop(encoded: Encoded, image_size: int, crop_ratio: float = 0.875) -> np.ndarray:

@@ -26,7 +26,6 @@ from sret_jax.data.soft_labels import (
     SoftLabels,
     SoftLabelSet,
     check_labels,
-    digest_keys,
 )
 from sret_jax.errors import UserError
 from sret_jax.files import is_remote, naming, replace
@@ -103,7 +102,6 @@ class PackedLabels:
         self._records = ArrayRecordDataSource(
             [f"{path}[0:{length}]" for path, length in zip(self._paths, lengths, strict=True)]
         )
-        self._digest: str = description["keys_sha256"]
         self._index_hash: str = description["index_sha256"]
         self._index: np.ndarray | None = None
         self._loaded_index()
@@ -141,10 +139,6 @@ class PackedLabels:
         hashes, _ = self._loaded_index()
         there = np.isin(_hashes(keys), hashes)
         return [key for key, is_there in zip(keys, there.tolist(), strict=True) if not is_there]
-
-    def digest(self) -> str:
-        """As `SoftLabelSet.digest`."""
-        return self._digest
 
     def _read(self, position: int, whose: str = "") -> tuple[str, SoftLabels]:
         path = self._path_of(position)
@@ -382,7 +376,6 @@ def _write_index(
         "images": len(keys),
         "crops": min(filter(None, crops), default=0),
         "shards": shards,
-        "keys_sha256": digest_keys(keys),
         "index_sha256": hashlib.sha256(index.getvalue()).hexdigest(),
         "notes": dict(sorted(notes.items())),
     }
@@ -412,7 +405,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
                 f"{path} is of version {description['version']}, expected {_VERSION}: read it with the version of this "
                 "library that wrote it, or pack the labels again"
             )
-        types: dict[str, type] = dict.fromkeys(("label_type", "keys_sha256", "index_sha256"), str)
+        types: dict[str, type] = dict.fromkeys(("label_type", "index_sha256"), str)
         types |= dict.fromkeys(("num_classes", "images", "crops"), int)
         types |= {"shards": list, "notes": dict}
         whole = all(isinstance(description[name], kind) for name, kind in types.items()) and all(

@@ -28,6 +28,11 @@ class Passes:
 
     planned: tuple[Pass, ...] = ()
 
+    @property
+    def most_crops(self) -> int:
+        """Of an image, in any pass."""
+        return max((one.crops for one in self.planned), default=1)
+
     def at(self, epoch: int) -> Pass:
         """The pass that an epoch belongs to."""
         if self.planned and epoch < self.planned[-1].first_epoch + self.planned[-1].crops:

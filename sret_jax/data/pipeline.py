@@ -17,7 +17,7 @@ from sret_jax.data.passes import ONE_CROP, Passes
 from sret_jax.data.rand_augment import RandAugment
 from sret_jax.data.read_ahead import Example, read_ahead
 from sret_jax.data.reading import UnreadableError
-from sret_jax.data.soft_labels import SoftLabelSet
+from sret_jax.data.soft_labels import SoftLabelSet, check_crops
 from sret_jax.data.sources import Source
 from sret_jax.errors import UserError
 
@@ -138,6 +138,7 @@ def train_batches(
         batch_size=batch_size,
         rows=rows,
         first_batch=first_batch,
+        group=passes.most_crops * repeats,
         example_bytes=blank.nbytes,
         num_threads=num_threads,
         num_workers=num_workers,
@@ -246,11 +247,7 @@ class _StoredCrops(NamedTuple):
         labels = self.soft_labels.read(example["key"])
         if not len(labels.boxes):
             raise _BrokenError("it was left out when its soft labels were made")
-        if len(labels.boxes) < group.crops_in_pass:
-            raise UserError(
-                f"the soft labels of {example['key']} hold {len(labels.boxes)} crops, but {group.crops_in_pass} are "
-                "asked for. Expected at least as many: lower config.distill.num_crops"
-            )
+        check_crops(example["key"], labels, group.crops_in_pass)
         rng = np.random.default_rng((self.seed, group.place, _OF_IMAGES))
         chosen = rng.choice(len(labels.boxes), group.crops_in_pass, replace=False)[group.crops]
         boxes = labels.boxes[chosen].astype(np.float16)

@@ -16,7 +16,7 @@ from absl import flags
 
 from sret_jax.errors import UserError
 
-# What a thread makes at a time. The rows among them that show the same image need it decoded only once.
+# Rows that a thread makes at a time, about. Those among them that show the same image need it decoded only once.
 _CHUNK = 12
 
 # More than any run takes; Grain needs a length.
@@ -43,6 +43,7 @@ def read_ahead(
     rows: Sequence[int] | None,
     first_batch: int = 0,
     num_batches: int = _ENDLESS,
+    group: int = 1,
     example_bytes: int,
     num_threads: int,
     num_workers: int,
@@ -56,6 +57,7 @@ def read_ahead(
       rows: those that this host loads, in this order; None for all.
       first_batch: number of the first batch to return.
       num_batches: how many batches the caller takes, at most; the iterator may give a few more.
+      group: rows, one behind the other, that show the same image.
       example_bytes: size of an example's image.
       num_threads: threads in each process.
       num_workers: worker processes; 0 for threads of this process alone.
@@ -68,7 +70,8 @@ def read_ahead(
       UserError: there is too little shared memory for the workers.
     """
     rows = range(batch_size) if rows is None else rows
-    chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+    size = max(_CHUNK // group, 1) * group
+    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
     turns = max(num_workers, 1)
 
     def load_chunk(number: int) -> Sequence[Example]:

@@ -1,7 +1,7 @@
 """Draws what the network sees: `python -m sret_jax.data.show --config=configs/sret_t.py OUT.png [--config.any=…]`.
 
 A row is the beginning of a training batch, from the first on, after everything that happens to its images on the host
-and on the device. Below an image stands its class; below one mixed from two, both with their weights.
+and on the device. Below an image stands its class; below one mixed from two, or with soft labels, the two likeliest.
 """
 
 import dataclasses

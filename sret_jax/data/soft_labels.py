@@ -1,18 +1,21 @@
 """Soft labels that a teacher gave in advance, with the crops that it saw (FKD: Shen and Xing, ECCV 2022)."""
 
+import collections
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
+from sret_jax.data.reading import UnreadableError, read_patiently
 from sret_jax.data.sources import Source
 from sret_jax.errors import UserError
 from sret_jax.files import replace
-from sret_jax.weights.torch_file import load_torch_file
+from sret_jax.weights.torch_file import load_torch_content
 from sret_jax.weights.torch_writer import torch_list_content
 
 # Of a box's end, and of the sum of probabilities, in float16.
@@ -21,6 +24,9 @@ _SUM_ROUNDING = 1e-2
 
 # float16 holds every whole number up to it.
 _MOST_FLOAT16_CLASSES = 2048
+
+# Images whose labels are read before training.
+_SAMPLE = 64
 
 _KINDS = ("hard", "smoothing", "marginal_smoothing", "marginal_renorm", "ori")
 _EXAMPLES = "hard, smoothing, marginal_smoothing_k5, marginal_smoothing_k10, marginal_renorm_k5 and ori"
@@ -107,10 +113,6 @@ class SoftLabelSet(Protocol):
         """Which of these images have no labels."""
         ...
 
-    def digest(self) -> str:
-        """64 letters that tell apart sets of labels for other images."""
-        ...
-
 
 class FolderLabels:
     """Soft labels in the authors' layout: `<folder>/train/<class>/<image without suffix>.tar`."""
@@ -132,22 +134,19 @@ class FolderLabels:
     def read(self, key: str, /) -> SoftLabels:
         """As `SoftLabelSet.read`."""
         path = Path(self.folder, f"{key}.tar")
-        if not path.exists():
+        try:
+            return read_label_file(path, self.label_type, self.num_classes)
+        except FileNotFoundError as error:
             raise UserError(
                 f"{path} is missing: the image {key} has no soft labels. Expected those of every image of the dataset: "
                 "give the folder that was made from this dataset, or make what is missing with `python -m "
                 "sret_jax.distill`"
-            )
-        return read_label_file(path, self.label_type, self.num_classes)
+            ) from error
 
     def missing(self, keys: Sequence[str], /) -> list[str]:
         """As `SoftLabelSet.missing`."""
         there = self._listed()
         return [key for key in keys if key not in there]
-
-    def digest(self) -> str:
-        """As `SoftLabelSet.digest`."""
-        return digest_keys(self.keys())
 
     def _listed(self) -> frozenset[str]:
         if self._keys is None:
@@ -162,37 +161,99 @@ class FolderLabels:
         return {**vars(self), "_keys": None}  # a million names, which a worker process does not need
 
 
-def digest_keys(keys: Iterable[str]) -> str:
-    """What `SoftLabelSet.digest` gives for labels of these images, in every form and order."""
-    return hashlib.sha256("\n".join(sorted(keys)).encode(errors="surrogateescape")).hexdigest()
-
-
-def check_complete(labels: SoftLabelSet, source: Source) -> None:
-    """Refuses soft labels that some images of a source lack, as far as that is known before the images are read.
+def check_keys(source: Source) -> None:
+    """Refuses a source of which several images would have the same soft labels, as far as names are known.
 
     Raises:
-      UserError: how many, and which first.
+      UserError: which.
     """
-    name_all = getattr(source.examples, "keys", None)
-    images = len(source.examples)
-    if name_all is None:
-        if len(labels) < images:
-            raise UserError(
-                f"{source.name} has {images} images, but only {len(labels)} have soft labels. Expected those of every "
-                "image: make what is missing with `python -m sret_jax.distill`, or give other soft labels"
-            )
-        return
-    missing = labels.missing(name_all())
-    if len(missing) == images:
+    counted = collections.Counter(_known_keys(source) or ())
+    if twice := [key for key, count in counted.items() if count > 1]:
         raise UserError(
-            f"none of the {images} images of {source.name} has soft labels: the first is {missing[0]}. Expected labels "
-            "that were made from this dataset; these are of another, or of other names"
+            f"{source.name} has several images whose soft labels would be called {twice[0]}"
+            + (f", and {len(twice) - 1} other such names" if twice[1:] else "")
+            + ". Expected names that differ before their first dot, as the authors' layout wants them: rename some"
+        )
+
+
+def check_complete(labels: SoftLabelSet, source: Source, num_crops: int = 1) -> None:
+    """Refuses soft labels that some images of a source lack, as far as that is known before all images are read.
+
+    Where names are known, every image is looked up; elsewhere the number of labels has to do. Some are read.
+
+    Args:
+      labels: to be checked.
+      source: whose images need them.
+      num_crops: that every image needs.
+
+    Raises:
+      UserError: how many are missing, and which first; several images have one name; a label that was read cannot be
+        used, or has too few crops.
+    """
+    check_keys(source)
+    keys, images = _known_keys(source), len(source.examples)
+    if keys is None and len(labels) < images:
+        raise UserError(
+            f"{source.name} has {images} images, but only {len(labels)} have soft labels. Expected those of every "
+            "image: make what is missing with `python -m sret_jax.distill`, or give other soft labels"
+        )
+    asked = _sample_keys(source) if keys is None else keys
+    of_all = f"the {len(asked)} images of {source.name}" + " that were looked up" * (keys is None)
+    missing = labels.missing(asked)
+    if missing and len(missing) == len(asked):
+        raise UserError(
+            f"none of {of_all} has soft labels: the first is {missing[0]}. Expected labels that were made from this "
+            "dataset; these are of another, or of other names"
         )
     if missing:
         raise UserError(
-            f"{len(missing)} of the {images} images of {source.name} have no soft labels, {missing[0]} first. Expected "
-            "those of every image: make what is missing with `python -m sret_jax.distill`, or give other soft labels"
+            f"{len(missing)} of {of_all} have no soft labels, {missing[0]} first. Expected those of every image: make "
+            "what is missing with `python -m sret_jax.distill`, or give other soft labels"
         )
+    for key in _sample_keys(source):
+        check_crops(key, labels.read(key), num_crops)
+
+
+def check_crops(key: str, labels: SoftLabels, num_crops: int) -> None:
+    """Refuses an image with too few crops; one without any is another matter.
+
+    Raises:
+      UserError: how many it has.
+    """
+    if 0 < len(labels.boxes) < num_crops:
+        raise UserError(
+            f"the soft labels of {key} hold {len(labels.boxes)} crops, but {num_crops} are asked for. Expected at "
+            "least as many: lower config.distill.num_crops (or --num-crops)"
+        )
+
+
+def labels_digest(labels: SoftLabelSet, source: Source) -> str:
+    """64 letters that tell apart what teachers said of a source, by a sample, the same in every form of the labels."""
+    digest = hashlib.sha256()
+    for key in _sample_keys(source):
+        one = labels.read(key)
+        for part, dtype in zip(one, (np.float16, np.bool_, np.int32, np.float16), strict=True):
+            digest.update(np.ascontiguousarray(part, dtype).tobytes())
+    return digest.hexdigest()
+
+
+def _known_keys(source: Source) -> list[str] | None:
+    """The keys of all images; None where each would have to be read for its own."""
+    name_all = getattr(source.examples, "keys", None)
+    return name_all() if name_all else None
+
+
+def _sample_keys(source: Source) -> list[str]:
+    """Keys of some images from all over a source, those that can be read."""
+    keys, images = _known_keys(source), len(source.examples)
+    chosen = range(0, images, -(-images // _SAMPLE))
+    if keys is not None:
+        return [keys[index] for index in chosen]
+    sample = []
+    for index in chosen:
+        with contextlib.suppress(UnreadableError):
+            sample.append(source.examples[index]["key"])
+    return sample
 
 
 def read_label_file(path: Path, label_type: LabelType, num_classes: int) -> SoftLabels:
@@ -209,9 +270,19 @@ def read_label_file(path: Path, label_type: LabelType, num_classes: int) -> Soft
       Boxes and probabilities in the dtypes that they are stored in.
 
     Raises:
+      FileNotFoundError: there is no such file.
       UserError: the file cannot be read, is not of this kind or type, or holds labels that cannot be used.
     """
-    contents = load_torch_file(path)
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        content = read_patiently(path.read_bytes, str(path))
+    except UnreadableError as error:
+        raise UserError(f"{path} cannot be read: {error}. Expected a file of soft labels on a sound disk") from error
+    try:
+        contents = load_torch_content(content, path)
+    except UserError as error:
+        raise UserError(f"{error}. Copy this file of soft labels again, or make it anew") from error
     try:
         labels = _from_authors(contents, label_type, num_classes)
         check_labels(labels, num_classes)

@@ -160,14 +160,10 @@ def _open_prepared(name: str, split: str, folder: str) -> Source:
     parts = builder.info.splits[split].file_instructions
     files = _hash(repr([(os.path.basename(p.filename), p.skip, p.take, p.examples_in_shard) for p in parts]).encode())
     ranges = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
-    examples: Examples
-    if "file_name" in features:
-        examples = _NamedExamples(records, ranges[0].splitname, tuple(label.names))
-    else:
-        lengths = {part.splitname: builder.info.splits[part.splitname].num_examples for part in ranges}
-        examples = _NumberedExamples(
-            records, tuple((part.splitname, part.from_ or 0, part.to or lengths[part.splitname]) for part in ranges)
-        )
+    lengths = {part.splitname: builder.info.splits[part.splitname].num_examples for part in ranges}
+    whole = tuple((part.splitname, part.from_ or 0, part.to or lengths[part.splitname]) for part in ranges)
+    kind = _NamedExamples if "file_name" in features else _NumberedExamples
+    examples = kind(records, whole, tuple(label.names))
     return Source(examples, label.num_classes, f"{name} {split}", tuple(label.names), files)
 
 
@@ -186,8 +182,11 @@ def _allow_open_files() -> None:
 class _PreparedExamples:
     """Examples of a TFDS dataset. Parsed here: TFDS would take six times as long for the features that we leave out."""
 
-    def __init__(self, records: Any) -> None:
+    def __init__(self, records: Any, ranges: tuple[tuple[str, int, int], ...], class_names: tuple[str, ...]) -> None:
+        """`ranges` says of which splits these are parts, from and to which of their examples."""
         self._records = records
+        self._ranges = ranges
+        self._class_names = class_names
 
     def __len__(self) -> int:
         return len(self._records)
@@ -206,6 +205,14 @@ class _PreparedExamples:
     def _key(self, index: int, label: int, features: Mapping[str, Any]) -> str:
         raise NotImplementedError
 
+    def _place(self, index: int) -> tuple[str, int]:
+        """The split of an example, and its number there."""
+        for split, first, end in self._ranges:
+            if index < end - first:
+                return split, first + index
+            index -= end - first
+        raise IndexError(f"there is no example {index} beyond the last")
+
     def _read(self, index: int) -> bytes:
         records = self._records
         try:
@@ -221,34 +228,22 @@ class _PreparedExamples:
 class _NamedExamples(_PreparedExamples):
     """Of a dataset that keeps the names of the images' files."""
 
-    def __init__(self, records: Any, split: str, class_names: tuple[str, ...]) -> None:
-        super().__init__(records)
-        self._split = split
-        self._class_names = class_names
-
     def _key(self, index: int, label: int, features: Mapping[str, Any]) -> str:
         name = _file_name(features)
         if "/" not in name and 0 <= label < len(self._class_names):  # TFDS's ImageNet has names without folders
-            name = f"{self._split}/{self._class_names[label]}/{name}"
+            name = f"{self._place(index)[0]}/{self._class_names[label]}/{name}"
         return label_key(name)
 
 
 class _NumberedExamples(_PreparedExamples):
     """Of a dataset that does not."""
 
-    def __init__(self, records: Any, ranges: tuple[tuple[str, int, int], ...]) -> None:
-        super().__init__(records)
-        self._ranges = ranges
-
     def keys(self) -> list[str]:
         return [f"{split}/{number:08d}" for split, first, end in self._ranges for number in range(first, end)]
 
     def _key(self, index: int, label: int, features: Mapping[str, Any]) -> str:
-        for split, first, end in self._ranges:
-            if index < end - first:
-                return f"{split}/{first + index:08d}"
-            index -= end - first
-        raise IndexError(index)
+        split, number = self._place(index)
+        return f"{split}/{number:08d}"
 
 
 def _file_name(features: Mapping[str, Any]) -> str:

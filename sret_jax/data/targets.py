@@ -2,8 +2,12 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+
+# Named classes that are added in one go; labels that name a thousand would make a large program.
+_MOST_UNROLLED = 20
 
 
 class Targets(NamedTuple):
@@ -21,9 +25,16 @@ class Targets(NamedTuple):
 
     def dense(self, num_classes: int) -> Array:
         """The same as float32 (batch, num_classes)."""
+        every = jnp.arange(num_classes)
+
+        def add(dense: Array, named: tuple[Array, Array]) -> tuple[Array, None]:
+            classes, excess = named
+            return dense + jnp.where(classes[:, None] == every, excess[:, None], 0), None
+
         # Not a scatter, whose sums on a GPU would come in another order each time.
-        named = self.classes[..., None] == jnp.arange(num_classes)
-        return self.floor[:, None] + jnp.sum(jnp.where(named, self.excess[..., None], 0), axis=1)
+        dense = jnp.broadcast_to(self.floor[:, None], (len(self.floor), num_classes))
+        unroll = min(self.classes.shape[1], _MOST_UNROLLED)
+        return jax.lax.scan(add, dense, (self.classes.T, self.excess.T), unroll=unroll)[0]
 
 
 def label_targets(labels: Array, num_classes: int, smoothing: float) -> Targets:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -23,7 +24,13 @@ def main() -> None:
     """Make what the flags ask for, with a progress bar on a terminal, and say how to train from it."""
     args = _parse_args()
     logging.set_verbosity(logging.ERROR)  # of JAX's and TFDS's talk
-    done = with_progress("images", lambda advance: _generate(args, advance))
+    try:
+        done = with_progress("images", lambda advance: _generate(args, advance))
+    except SystemExit as end:
+        if jax.process_count() > 1:  # at a usual exit JAX waits for the others, and they wait for this one's units
+            print(end, file=sys.stderr, flush=True)
+            os._exit(1)
+        raise
     if jax.process_index() == 0:
         kind = "" if args.label_type == _DEFAULTS.label_type else f" --config.distill.label_type={args.label_type}"
         print(f"{done} is read by --config.distill.soft_labels={done}{kind}")
@@ -67,25 +74,35 @@ def _parse_args() -> argparse.Namespace:
     what.add_argument(
         "--teacher",
         required=True,
+        default=argparse.SUPPRESS,
         help="weights (a converted file, a .pth, the workdir of a run), MODEL=WEIGHTS, or MODULE:FUNCTION, which "
         "returns a function from images to logits; several, with commas, are averaged",
     )
-    what.add_argument("--data", required=True, help="a folder with train/<class>/<image>, or the name of a dataset")
-    what.add_argument("--out", required=True, help="the folder to write")
+    what.add_argument(
+        "--data",
+        required=True,
+        default=argparse.SUPPRESS,
+        help="a folder with train/<class>/<image>, or the name of a dataset",
+    )
+    what.add_argument("--out", required=True, default=argparse.SUPPRESS, help="the folder to write")
     what.add_argument("--num-crops", type=int, default=_DEFAULTS.num_crops, help="of each image")
     what.add_argument("--label-type", default=_DEFAULTS.label_type, help="how much of a distribution is kept")
     what.add_argument("--temperature", type=float, default=_DEFAULTS.temperature, help="divides the teacher's logits")
     what.add_argument("--reference", default="", help="soft labels of this type whose crops are taken")
     what.add_argument("--authors-layout", action="store_true", help="write a file for each image, for PyTorch")
-    what.add_argument("--crop-area", type=float, nargs=2, default=_DEFAULTS.crop_area, metavar=("LOW", "HIGH"))
-    what.add_argument("--crop-aspect", type=float, nargs=2, default=_DEFAULTS.crop_aspect, metavar=("LOW", "HIGH"))
+    low_high: dict[str, Any] = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+    what.add_argument("--crop-area", **low_high, default=_DEFAULTS.crop_area, help="as a part of the image's")
+    what.add_argument("--crop-aspect", **low_high, default=_DEFAULTS.crop_aspect, help="width / height")
     what.add_argument("--flip", type=float, default=_DEFAULTS.flip, help="probability of a crop to be mirrored")
     what.add_argument("--seed", type=int, default=_DEFAULTS.seed, help="decides on crops and flips")
     teacher = parser.add_argument_group("the teacher's input")
     teacher.add_argument("--image-size", type=int, default=0, help="pixels; 0 is its own, and for a function 224")
-    teacher.add_argument("--mean", type=float, nargs=3, default=_DEFAULTS.mean, metavar=("R", "G", "B"))
-    teacher.add_argument("--std", type=float, nargs=3, default=_DEFAULTS.std, metavar=("R", "G", "B"))
-    teacher.add_argument("--dtype", choices=("float32", "bfloat16"), default=_DEFAULTS.dtype)
+    rgb: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
+    teacher.add_argument("--mean", **rgb, default=_DEFAULTS.mean, help="of a function's input, RGB from 0 to 1")
+    teacher.add_argument("--std", **rgb, default=_DEFAULTS.std, help="likewise")
+    teacher.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default=_DEFAULTS.dtype, help="of its weights and computation"
+    )
     data = parser.add_argument_group("the data")
     data.add_argument("--data-path", default="", help="the folder with TFDS datasets, where it is not TFDS's own")
     data.add_argument("--split", default="train", help="to label")

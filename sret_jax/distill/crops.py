@@ -11,7 +11,7 @@ import numpy as np
 from sret_jax.data.decode import random_boxes, stored_crops
 from sret_jax.data.read_ahead import Example, read_ahead
 from sret_jax.data.reading import UnreadableError
-from sret_jax.data.soft_labels import SoftLabelSet
+from sret_jax.data.soft_labels import SoftLabelSet, check_crops
 from sret_jax.data.sources import Source
 from sret_jax.distill.recipe import Recipe
 from sret_jax.distill.units import Unit
@@ -22,10 +22,11 @@ class Cropped(NamedTuple):
     """All crops of an image.
 
     Attributes:
-      key: of the image; empty where not even that could be read.
+      key: of the image; empty where it could not be read.
       crops: uint8 (crops, image_size, image_size, 3), RGB.
       boxes: float16 (crops, 4), as in `SoftLabels`.
       flips: bool (crops,).
+      is_read: whether the disk gave the image.
       broken: why the crops are blank; empty if they are not.
     """
 
@@ -33,6 +34,7 @@ class Cropped(NamedTuple):
     crops: np.ndarray
     boxes: np.ndarray
     flips: np.ndarray
+    is_read: bool
     broken: str
 
 
@@ -68,9 +70,11 @@ class Cropper(NamedTuple):
                     raise UserError(image["refused"])
                 key = os.fsdecode(image["key"][0].tobytes())
                 reasons = [reason for _, reason in image["broken"]]
-                # Copied: a worker's are in shared memory, which has to be free again before the program ends.
-                crops, boxes, flips = (np.array(image[name][0]) for name in ("image", "boxes", "flips"))
-                yield Cropped(key, crops, boxes, flips, "".join(reasons))
+                # A worker's are in shared memory, which has to be free again before the program ends.
+                crops, boxes, flips = (
+                    np.array(image[name][0], copy=num_workers > 0) for name in ("image", "boxes", "flips")
+                )
+                yield Cropped(key, crops, boxes, flips, bool(image["mask"][0]), "".join(reasons))
         finally:
             images.close()
 
@@ -82,7 +86,7 @@ class Cropper(NamedTuple):
         crops = np.zeros((self.recipe.num_crops, self.image_size, self.image_size, 3), np.uint8)
         boxes = np.zeros((self.recipe.num_crops, 4), np.float16)
         flips = np.zeros(self.recipe.num_crops, np.bool_)
-        key, broken, refused = "", "", ""
+        key, is_read, broken, refused = "", True, "", ""
         try:
             example = self.source.examples[index]
             key = example["key"]
@@ -91,23 +95,21 @@ class Cropper(NamedTuple):
         except UserError as error:
             refused = str(error)
         except UnreadableError as error:
-            broken = f"it cannot be read: {error}"
-            name_all = getattr(self.source.examples, "keys", None)
-            key = name_all()[index] if name_all else ""
+            is_read, broken = False, f"it cannot be read: {error}"
+        except MemoryError:
+            raise
         except Exception as error:  # what is raised for broken bytes depends on the format and the damage
             broken = f"it does not decode: {error}"
         target = {"boxes": boxes, "flips": flips, "key": np.frombuffer(os.fsencode(key), np.uint8)}
-        return Example(crops, target, not broken, [(index, broken)] if broken else [], refused)
+        return Example(crops, target, is_read, [(index, broken)] if broken else [], refused)
 
     def _boxes_and_flips(self, key: str, encoded: Any) -> tuple[np.ndarray, np.ndarray]:
         num_crops = self.recipe.num_crops
         if self.reference is not None:
             given = self.reference.read(key)
-            if len(given.boxes) < num_crops:
-                raise UserError(
-                    f"{self.recipe.reference} holds {len(given.boxes)} crops of {key}, but {num_crops} are asked for: "
-                    "lower --num-crops"
-                )
+            if not len(given.boxes):
+                raise ValueError("the reference has no crops of it, either")
+            check_crops(key, given, num_crops)
             return given.boxes[:num_crops].astype(np.float16), given.flips[:num_crops]
         of_key = int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "big")
         rng = np.random.default_rng((self.recipe.seed, of_key))

@@ -1,6 +1,7 @@
 """The story of a set of soft labels: from a teacher and images to files that students learn from."""
 
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -17,20 +18,32 @@ import numpy as np
 from sret_jax.data.packed_labels import PackedLabels, open_soft_labels, write_packed
 from sret_jax.data.pipeline import eval_batches
 from sret_jax.data.shards import locked
-from sret_jax.data.soft_labels import LabelType, SoftLabels, SoftLabelSet, check_complete, write_label_file
+from sret_jax.data.soft_labels import (
+    LabelType,
+    SoftLabels,
+    SoftLabelSet,
+    check_complete,
+    check_keys,
+    check_labels,
+    labels_digest,
+    write_label_file,
+)
 from sret_jax.data.sources import Source
 from sret_jax.distill.crops import Cropped, Cropper
 from sret_jax.distill.labeller import Labeller
 from sret_jax.distill.recipe import Recipe, check_recipe
 from sret_jax.distill.units import Unit, plan_units, read_units, write_unit
 from sret_jax.errors import UserError
-from sret_jax.files import naming, remove, replace
+from sret_jax.files import is_remote, naming, remove, replace
 from sret_jax.training.build import warnings_to
 from sret_jax.training.mesh import make_mesh
-from sret_jax.training.teacher import Teacher, load_teachers
+from sret_jax.training.teacher import load_teachers
 
 # Images in a file of the packed form.
 _IMAGES_PER_FILE = 8192
+
+# Of what follows here: labels of another are not continued.
+_VERSION = 1
 
 # What the result was made from, as a hash: a note in the packed form, a file in the authors' layout.
 _MADE_FROM = "made_from_sha256"
@@ -91,6 +104,13 @@ def generate(
         `out` is something else, or it cannot be written.
     """
     check_recipe(recipe)
+    if is_remote(out):
+        raise UserError(f"{out} is not a folder. Expected one on a local or mounted disk: mount the bucket")
+    if batch_size < 1 or num_threads < 1 or num_workers < 0 or not 0 < eval_crop_ratio <= 1:
+        raise UserError(
+            f"--batch-size is {batch_size}, --threads {num_threads}, --workers {num_workers}, --eval-crop-ratio "
+            f"{eval_crop_ratio}. Expected at least 1, 1 and 0, and a number above 0, at most 1"
+        )
     label_type = LabelType.parse(recipe.label_type)
     label_type.size(source.num_classes)
     with warnings_to(say):
@@ -106,11 +126,12 @@ def generate(
     target = Path(os.path.abspath(os.path.expanduser(out)))
     home = target.with_name(target.name + ".units")
     reference = _open_reference(recipe, source)
-    _check_keys(source)
+    check_keys(source)
     made_of = {
+        "version": _VERSION,
         **recipe._asdict(),
-        "reference": reference.digest() if reference else "",
-        "teacher": {teacher.name: _hash_of(teacher) for teacher in teachers},
+        "reference": labels_digest(reference, source) if reference else "",
+        "teacher": [teacher.digest() for teacher in teachers],
         "images": source.digest(),
         "layout": "authors" if authors_layout else "packed",
     }
@@ -120,13 +141,14 @@ def generate(
     with locked(home.with_name(f".{home.name}.lock"), target) if process == 0 else contextlib.nullcontext():
         if target.exists():
             _check_made(target, label_type, source.num_classes, origin)
-            remove(home)  # what a kill may have left
+            if process == 0:
+                remove(home)  # what a kill may have left
             return target
-        _claim(home, made_of, is_first=process == 0)
+        _claim(home, target, made_of, is_first=process == 0)
         mesh = make_mesh({"data": len(devices)}, batch_size * len(devices), devices)
         label = Labeller(teachers, mesh, batch_size * len(devices), label_type, recipe.temperature)
         if process == 0:
-            _evaluate(label, eval_source, eval_crop_ratio, num_threads, num_workers, home, say)
+            _evaluate(label, eval_source, eval_crop_ratio, max_broken, num_threads, num_workers, home, say)
         mine = [unit for unit in units[process::processes] if not unit.path.exists()]
         total = sum(len(unit.images) for unit in units[process::processes])
         advance(total - sum(len(unit.images) for unit in mine), total)
@@ -134,17 +156,19 @@ def generate(
         broken = _Broken(source.name, max_broken, say)
         for unit in mine:
             labels = _label_unit(unit, images, label, broken)
-            if authors_layout:
-                _write_files(home / "labels", labels, label_type)
-            write_unit(unit, labels)
+            if labels is not None:
+                if authors_layout:
+                    _write_files(home / "labels", labels, label_type)
+                write_unit(unit, labels)
             advance(len(unit.images), total)
+        broken.refuse_unread()
         if process == 0:
             _wait_until(lambda: all(unit.path.exists() for unit in units))
             if authors_layout:
-                _give_name(home, target, origin)
+                _give_name(home, target, len(source.examples), origin)
             else:
                 say(f"labelled       {len(source.examples):,} images; now they are packed")
-                _pack(units, target, recipe, source.num_classes, label_type, origin)
+                _pack(units, target, recipe, source.num_classes, label_type, origin, max(num_workers, 1))
             remove(home)
         else:
             _wait_until(target.exists)
@@ -152,43 +176,65 @@ def generate(
 
 
 class _Broken:
-    """Counts the images that get no crops, and tells of each."""
+    """Counts the images that get no crops or could not be read, and tells of each."""
 
     def __init__(self, source: str, most: int, say: Callable[[str], object]) -> None:
-        self._source, self._most, self._say, self._count = source, most, say, 0
+        self._source, self._most, self._say = source, most, say
+        self._count, self._unread = 0, list[str]()
 
-    def add(self, name: str, reason: str) -> None:
+    def add(self, image: Cropped, number: int) -> None:
+        name = image.key or f"image {number}"
         self._count += 1
-        self._say(f"{name} gets no crops: {reason}")
+        self._say(f"{name} gets no crops: {image.broken}")
+        if not image.is_read:
+            self._unread.append(name)
         if self._count > self._most:
             raise UserError(
                 f"more than {self._most} images of {self._source} are broken, {name} last. Mend or remove them, or "
                 "raise --max-broken"
             )
 
+    def refuse_unread(self) -> None:
+        """What the disk did not give may be there the next time: it is not left out for ever."""
+        if self._unread:
+            raise UserError(
+                f"{len(self._unread)} images of {self._source} could not be read, {self._unread[0]} first. Everything "
+                "else is kept: mend the disk, or the data, and run the same command again"
+            )
 
-def _label_unit(unit: Unit, images: Iterator[Cropped], label: Labeller, broken: _Broken) -> dict[str, SoftLabels]:
-    """The labels of a unit's images by their keys; of a broken one without any crops."""
+
+def _label_unit(
+    unit: Unit, images: Iterator[Cropped], label: Labeller, broken: _Broken
+) -> dict[str, SoftLabels] | None:
+    """The labels of a unit's images by their keys; of a broken one without any crops. None if some were not read."""
     shown = []
-    for index in unit.images:
+    for number in unit.images:
         image = next(images)
         label.add(image.crops)
         shown.append(image._replace(crops=image.crops[:0]))
         if image.broken:
-            broken.add(image.key or f"image {index}", image.broken)
+            broken.add(image, number)
     classes, probabilities = label.take()
-    labels, first = {}, 0
+    if not all(image.is_read for image in shown):
+        return None
+    labels: dict[str, SoftLabels] = {}
+    first = 0
     for image in shown:
         crops = len(image.boxes)
         kept = 0 if image.broken else crops
-        labels[image.key] = SoftLabels(
-            image.boxes[:kept],
-            image.flips[:kept],
-            classes[first : first + kept],
-            probabilities[first : first + kept].astype(np.float16),
-        )
+        own = slice(first, first + kept)
+        one = SoftLabels(image.boxes[:kept], image.flips[:kept], classes[own], probabilities[own].astype(np.float16))
+        if image.key in labels:
+            raise UserError(f"two images have the name {image.key}. Expected names that differ: rename one of them")
+        try:
+            check_labels(one, label.num_classes)
+        except ValueError as error:
+            raise UserError(
+                f"the teacher says of {image.key} what no soft label can be: {error}. Look at its weights, and at "
+                "--mean and --std"
+            ) from error
+        labels[image.key] = one
         first += crops
-    labels.pop("", None)
     return labels
 
 
@@ -196,28 +242,8 @@ def _open_reference(recipe: Recipe, source: Source) -> SoftLabelSet | None:
     if not recipe.reference:
         return None
     reference = open_soft_labels(recipe.reference, recipe.label_type, source.num_classes)
-    check_complete(reference, source)
+    check_complete(reference, source, recipe.num_crops)
     return reference
-
-
-def _check_keys(source: Source) -> None:
-    name_all = getattr(source.examples, "keys", None)
-    counted = collections.Counter(name_all() if name_all else ())
-    if twice := [key for key, count in counted.items() if count > 1]:
-        raise UserError(
-            f"{source.name} has several images whose soft labels would be called {twice[0]}"
-            + (f", and {len(twice) - 1} other such names" if twice[1:] else "")
-            + ". Expected names that differ before their first dot, as the authors' layout wants them: rename some"
-        )
-
-
-def _hash_of(teacher: Teacher) -> str:
-    """Of what the teacher computes with; its program is known by its name."""
-    digest = hashlib.sha256(repr((teacher.image_size, teacher.mean, teacher.std)).encode())
-    for leaf in jax.tree.leaves(teacher.variables):
-        array = np.asarray(leaf)
-        digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def _check_made(target: Path, label_type: LabelType, num_classes: int, origin: str) -> None:
@@ -235,7 +261,7 @@ def _check_made(target: Path, label_type: LabelType, num_classes: int, origin: s
         )
 
 
-def _claim(home: Path, made_of: Mapping[str, Any], *, is_first: bool) -> None:
+def _claim(home: Path, target: Path, made_of: Mapping[str, Any], *, is_first: bool) -> None:
     """Makes the folder of units, or sees that what it holds is of the same making."""
     wanted = json.loads(json.dumps(made_of))
     note = home / "made_of.json"
@@ -243,7 +269,9 @@ def _claim(home: Path, made_of: Mapping[str, Any], *, is_first: bool) -> None:
         with naming(home):
             home.mkdir(parents=True, exist_ok=True)
         replace(note, json.dumps(wanted, indent=1) + "\n")
-    _wait_until(note.exists)
+    _wait_until(lambda: note.exists() or target.exists())
+    if target.exists():
+        return  # the first has nothing left to do
     with naming(note):
         there = json.loads(note.read_text(encoding="utf-8"))
     if differ := sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)):
@@ -259,22 +287,24 @@ def _evaluate(
     label: Labeller,
     source: Source,
     crop_ratio: float,
+    max_broken: int,
     num_threads: int,
     num_workers: int,
     home: Path,
     say: Callable[[str], object],
 ) -> None:
-    """Says how accurate the teacher is; once for each making, for that takes its time."""
+    """Says how accurate the teacher is; not computed again when the same command goes on, for that takes its time."""
     note = home / "teacher.json"
-    if note.exists():
-        with naming(note):
-            accuracy = json.loads(note.read_text(encoding="utf-8"))["accuracy"]
-    else:
+    how = {"images": source.digest(), "crop_ratio": crop_ratio, "size": label.image_size}
+    with naming(note):
+        known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+    if {name: known.get(name) for name in how} != how:
         batches = eval_batches(
             source,
             batch_size=label.batch_size,
             image_size=label.image_size,
             crop_ratio=crop_ratio,
+            max_broken=max_broken,
             num_threads=num_threads,
             num_workers=num_workers,
         )
@@ -282,30 +312,49 @@ def _evaluate(
         for batch in batches:
             hits += label.hits(batch)
             examples += int(batch["mask"].sum())
-        accuracy = hits / examples
-        replace(note, json.dumps({"accuracy": accuracy}) + "\n")
+        known = {**how, "accuracy": hits / examples}
+        replace(note, json.dumps(known) + "\n")
     size = label.image_size
-    say(f"teacher        {100 * accuracy:.2f} % of {source.name} right, at {size} × {size} pixels")
+    say(f"teacher        {100 * known['accuracy']:.2f} % of {source.name} right, at {size} × {size} pixels")
 
 
 def _write_files(folder: Path, labels: Mapping[str, SoftLabels], label_type: LabelType) -> None:
-    for key, one in labels.items():
+    """A file for each image; in threads, because each waits for the disk."""
+
+    def write(key: str) -> None:
         path = folder / f"{key}.tar"
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_label_file(path, one, label_type, dtype=np.float32)
+        write_label_file(path, labels[key], label_type, dtype=np.float32)
+
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        collections.deque(executor.map(write, labels), maxlen=0)
 
 
-def _give_name(home: Path, target: Path, origin: str) -> None:
+def _give_name(home: Path, target: Path, images: int, origin: str) -> None:
     """The files of the authors' layout become the result."""
-    replace(home / "labels" / _MADE_FROM, origin)
+    folder = home / "labels"
+    with naming(folder):
+        count = sum(name.endswith(".tar") for _, _, names in os.walk(folder) for name in names)
+    if count != images:
+        raise UserError(
+            f"{folder} holds the soft labels of {count} images, expected those of {images}: some were taken away, or "
+            f"have the same names. Delete {home}, and run the same command again"
+        )
+    replace(folder / _MADE_FROM, origin)
     os.sync()  # or a power cut could leave the name without the content
     with naming(target):
-        os.replace(home / "labels", target)
+        os.replace(folder, target)
 
 
 def _pack(
-    units: list[Unit], target: Path, recipe: Recipe, num_classes: int, label_type: LabelType, origin: str
+    units: list[Unit],
+    target: Path,
+    recipe: Recipe,
+    num_classes: int,
+    label_type: LabelType,
+    origin: str,
+    workers: int,
 ) -> None:
     per_file = max(_IMAGES_PER_FILE // len(units[0].images), 1)
     notes: dict[str, str | int | float] = {
@@ -323,7 +372,7 @@ def _pack(
         num_classes=num_classes,
         notes={**notes, _MADE_FROM: origin},
         origin=origin,
-        workers=1,
+        workers=workers,
         advance=lambda *_: None,
     )
 

@@ -54,7 +54,8 @@ def check_recipe(recipe: Recipe) -> None:
         f"--flip is {recipe.flip}, expected a probability, 0 to 1": not 0 <= recipe.flip <= 1,
         f"--seed is {recipe.seed}, expected at least 0": recipe.seed < 0,
         f"--image-size is {recipe.image_size}, expected at least 0": recipe.image_size < 0,
-        f"--std is {recipe.std}, expected numbers above 0": not min(recipe.std) > 0,
+        f"--mean is {recipe.mean}, expected numbers": not all(map(math.isfinite, recipe.mean)),
+        f"--std is {recipe.std}, expected numbers above 0": not all(0 < number < math.inf for number in recipe.std),
         f"--crop-area is {areas}, expected 0 < low <= high <= 1": not 0 < areas[0] <= areas[1] <= 1,
         f"--crop-aspect is {aspects}, expected 0 < low <= high": not 0 < aspects[0] <= aspects[1] < math.inf,
     }

@@ -12,8 +12,8 @@ from sret_jax.data.soft_labels import SoftLabels
 from sret_jax.errors import UserError
 from sret_jax.files import naming, replace
 
-# In a unit, at least: little is lost at a kill, and little of its last batch is empty.
-_CROPS = 8192
+# In a unit, about: little is lost at a kill, and little of its last batch is empty.
+_CROPS = 32_768
 
 
 class Unit(NamedTuple):

@@ -46,8 +46,9 @@ def open_labels(config: ConfigDict, source: Source) -> SoftLabelSet | None:
     """
     if not config.distill.soft_labels:
         return None
-    labels = open_soft_labels(config.distill.soft_labels, config.distill.label_type, source.num_classes)
-    check_complete(labels, source)
+    with _naming("config.distill.soft_labels"):
+        labels = open_soft_labels(config.distill.soft_labels, config.distill.label_type, source.num_classes)
+        check_complete(labels, source, config.distill.num_crops)
     return labels
 
 
@@ -56,15 +57,16 @@ def make_teachers(config: ConfigDict, model: SReT) -> tuple[Teacher, ...]:
     distill = config.distill
     if not distill.teacher:
         return ()
-    return load_teachers(
-        distill.teacher,
-        num_classes=model.num_classes,
-        image_size=distill.image_size,
-        default_image_size=model.image_size,
-        mean=distill.mean,
-        std=distill.std,
-        dtype=distill.dtype,
-    )
+    with _naming("config.distill.teacher"):
+        return load_teachers(
+            distill.teacher,
+            num_classes=model.num_classes,
+            image_size=distill.image_size,
+            default_image_size=model.image_size,
+            mean=distill.mean,
+            std=distill.std,
+            dtype=distill.dtype,
+        )
 
 
 def make_passes(config: ConfigDict) -> Passes:
@@ -193,6 +195,15 @@ def training_batches(
         num_threads=config.data.threads,
         num_workers=config.data.workers,
     )
+
+
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Let errors say which key they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 @contextlib.contextmanager

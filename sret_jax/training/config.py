@@ -20,7 +20,8 @@ HOW_NOT_WHAT = (
     "data.path",
     "data.threads",
     "data.workers",
-    "distill.soft_labels",
+    "distill.soft_labels",  # what they hold decides, wherever they are; so it is with teachers
+    "distill.teacher",
     "distributed",
     "log_every_steps",
     "max_skipped_steps",
@@ -64,6 +65,10 @@ _RANGES = {
     "optimizer.b2": _DECAY,
     "optimizer.eps": (1e-30, math.inf, "a number above 0"),
 }
+
+# Without effect where there is no teacher, or where there are no soft labels.
+_OF_TEACHERS = ("distill.dtype", "distill.image_size", "distill.mean", "distill.std")
+_OF_SOFT_LABELS = ("distill.interpolation", "distill.label_type")
 
 # What soft labels decide, or would be wrong after: these keys must be as `base_config` has them.
 _NOT_WITH_SOFT_LABELS = (
@@ -192,8 +197,8 @@ def check_config(config: ConfigDict) -> None:
 def _contradictions(given: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
     """What keys of which each is possible do not mean together, in words."""
     crops, batch_size = given["distill.num_crops"], given["batch_size"]
+    LabelType.parse(given["distill.label_type"])
     if given["distill.soft_labels"]:
-        LabelType.parse(given["distill.label_type"])
         problems = [
             f"config.{key} is {given[key]!r}, expected {known[key]!r} with soft labels (config.distill.soft_labels): "
             "they stand for crops and flips of their own, and for what a teacher saw there"
@@ -225,10 +230,10 @@ def _unmet(key: str, value: Any, default: Any) -> list[str]:
         fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
         return [] if fits and value != math.inf else [words]
     if isinstance(default, tuple) and len(default) == 3:
-        numbers = isinstance(value, tuple) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
-        return (
-            [] if numbers and (key != "distill.std" or min(value) > 0) else ["three numbers, for red, green and blue"]
-        )
+        numbers = isinstance(value, tuple) and len(value) == 3 and all(type(x) in (int, float) for x in value)
+        least = 0 if key == "distill.std" else -math.inf
+        fits = numbers and all(least < x < math.inf for x in value)
+        return [] if fits else ["three numbers, for red, green and blue" + " above 0" * (least == 0)]
     if isinstance(default, tuple):
         high = 1.0 if key == "data.crop_area" else math.inf
         pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
@@ -257,9 +262,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The keys that decide on a run's result, as `config.…`, with values as JSON gives them back (lists for tuples)."""
     flat = sorted(flatten(config).items())
+    unused = (() if config.distill.teacher else _OF_TEACHERS) + (() if config.distill.soft_labels else _OF_SOFT_LABELS)
     deciding = {
         f"config.{key}": value
         for key, value in flat
-        if not any(key == how or key.startswith(how + ".") for how in HOW_NOT_WHAT)
+        if not any(key == how or key.startswith(how + ".") for how in HOW_NOT_WHAT) and key not in unused
     }
     return json.loads(json.dumps(deciding))

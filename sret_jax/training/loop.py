@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sret_jax.data.pipeline import steps_per_epoch
-from sret_jax.data.soft_labels import SoftLabelSet
+from sret_jax.data.soft_labels import SoftLabelSet, labels_digest
 from sret_jax.data.sources import Source
 from sret_jax.models.cost import count_macs, count_params
 from sret_jax.models.sret import SReT
@@ -24,6 +24,7 @@ from sret_jax.training.build import (
     open_split,
     soft_classes,
     training_batches,
+    warnings_to,
 )
 from sret_jax.training.checkpoints import Checkpoints
 from sret_jax.training.config import base_config, check_config, identity
@@ -62,12 +63,17 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     )
     check_agreement("the training and test images", train_source.digest() + eval_source.digest())
     labels = open_labels(config, train_source)
-    check_agreement("the soft labels", labels.digest() if labels else "-" * 64)
+    said_by_teachers = labels_digest(labels, train_source) if labels else ""
+    check_agreement("the soft labels", said_by_teachers.ljust(64))
     model = make_model(config, train_source.num_classes)
     epoch_steps = steps_per_epoch(train_source, config.batch_size)
     total_steps = epoch_steps * config.epochs
     make_passes(config)  # refuses what cannot be before anything is written
-    teachers = make_teachers(config, model)
+    said: list[str] = []
+    with warnings_to(said.append):
+        teachers = make_teachers(config, model)
+    taught_by = [teacher.digest() for teacher in teachers]
+    check_agreement("the teachers", "".join(taught_by))
     train_step, like = make_training(config, model, epoch_steps, mesh, teachers)
     evaluate = make_evaluation(config, model, eval_source, mesh)
     what_decides = {
@@ -75,17 +81,17 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         "training images": len(train_source.examples),
         "test images": len(eval_source.examples),
         "classes": model.num_classes,
-        "soft labels": labels.digest() if labels else "",
+        "soft labels": said_by_teachers,
+        "teacher": taught_by,
     }
 
     checkpoints = Checkpoints(
         workdir,
         keep=config.checkpoint.keep,
         identity=what_decides,
-        defaults={**identity(base_config()), "soft labels": ""},
+        defaults={**identity(base_config()), "soft labels": "", "teacher": []},
     )
     with checkpoints, Preemption() as preemption:
-        said: list[str] = []
         restored = checkpoints.restore_latest(like, said.append)
         state, evaluation = restored or (initial_state(config, model, epoch_steps, mesh, said.append), {})
         first_step = int(state.step)

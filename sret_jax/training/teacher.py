@@ -1,6 +1,7 @@
 """Networks that a student learns from: ours from their weights, any other from a function, and what they say."""
 
 import contextlib
+import hashlib
 import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,6 +61,15 @@ class Teacher(NamedTuple):
     std: tuple[float, ...]
     num_classes: int
 
+    def digest(self) -> str:
+        """64 letters that tell apart teachers of other weights or inputs; of a function, the name stands for itself."""
+        function = self.name if _FUNCTION.fullmatch(self.name) else ""
+        digest = hashlib.sha256(repr((function, self.image_size, self.mean, self.std, self.num_classes)).encode())
+        for leaf in jax.tree.leaves(self.variables):
+            array = np.asarray(leaf)
+            digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        return digest.hexdigest()
+
 
 def load_teachers(
     spec: str,
@@ -83,7 +93,7 @@ def load_teachers(
       num_classes: that all of them must have.
       default_image_size: that functions see if `image_size` is 0.
       image_size: that all teachers see; 0 is a model's own. The position embedding is resized, with a `UserWarning`.
-      mean: that their images are normalised with.
+      mean: that the images of functions are normalised with; models of ours have their own.
       std: likewise.
       dtype: `float32` or `bfloat16`. With the latter, parameters are kept in bfloat16; a model computes in it. A
         function is given bfloat16 images, and computes in what it makes of them: the arrays that it draws on are cast
@@ -103,14 +113,14 @@ def load_teachers(
     teachers = []
     for name in names:
         with _naming(name):
-            apply: Apply
             if _FUNCTION.fullmatch(name):
                 size = image_size or default_image_size
                 apply, variables = _load_function(name, size, num_classes, jnp.dtype(dtype))
+                teacher = Teacher(name, apply, variables, size, tuple(mean), tuple(std), num_classes)
             else:
                 model, variables = _load_model(name, image_size, num_classes, jnp.dtype(dtype))
-                apply, size = model.apply, model.image_size
-        teachers.append(Teacher(name, apply, variables, size, tuple(mean), tuple(std), num_classes))
+                teacher = Teacher(name, model.apply, variables, model.image_size, MEAN, STD, num_classes)
+        teachers.append(teacher)
     return tuple(teachers)
 
 

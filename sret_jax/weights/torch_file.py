@@ -28,6 +28,7 @@ from sret_jax.weights.torch_pickle import Array, RefusedError, Storage, Tensor, 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 _BIG_ENDIAN = "its numbers are big-endian: load it where it was made, and save it on a machine that is little-endian"
+_EMPTY = "it is empty, expected a file that torch.save wrote"
 _INT64 = struct.Struct("<q")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -81,6 +82,28 @@ def load_torch_file(path: epath.PathLike) -> Any:
     """
     contents, reader = _open(path)
     with _of_file(path):
+        return _with_arrays(contents, reader.array, {}, 0)
+
+
+def load_torch_content(content: bytes, name: epath.PathLike) -> Any:
+    """What `torch.save` wrote, from a small file's content.
+
+    Args:
+      content: of the file.
+      name: of the file, for errors.
+
+    Returns:
+      As `load_torch_file`; the arrays are views of a copy.
+
+    Raises:
+      UserError: as `load_torch_file`.
+    """
+    with _of_file(name):
+        if not content:
+            raise RefusedError(_EMPTY)
+        stream = _Mapped(-1, len(content))
+        stream[:] = content
+        contents, reader = _open_stream(stream)
         return _with_arrays(contents, reader.array, {}, 0)
 
 
@@ -212,13 +235,17 @@ def _open(path: epath.PathLike) -> tuple[Any, _Reader]:
             raise RefusedError("it is a folder, expected a file that torch.save wrote")
         with file.open("rb") as opened:
             if not opened.read(1):
-                raise RefusedError("it is empty, expected a file that torch.save wrote")
+                raise RefusedError(_EMPTY)
             stream = _Mapped(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        if stream[:4] == b"PK\x03\x04":
-            return _open_archive(stream)
-        if stream[:1] == pickle.PROTO:
-            return _open_legacy(stream)
-        raise RefusedError(f"{_guess(stream[:512])}, expected a file that torch.save wrote")
+        return _open_stream(stream)
+
+
+def _open_stream(stream: mmap.mmap) -> tuple[Any, _Reader]:
+    if stream[:4] == b"PK\x03\x04":
+        return _open_archive(stream)
+    if stream[:1] == pickle.PROTO:
+        return _open_legacy(stream)
+    raise RefusedError(f"{_guess(stream[:512])}, expected a file that torch.save wrote")
 
 
 class _Mapped(mmap.mmap):

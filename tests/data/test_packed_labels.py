@@ -111,7 +111,6 @@ def test_packed_labels_are_those_of_the_authors_files_in_float16(
     assert isinstance(files, FolderLabels) and isinstance(found, PackedLabels)
     assert len(found) == len(files) == 11
     assert list(found.keys()) == files.keys() == sorted(key for key, _ in images)
-    assert found.digest() == files.digest()
     assert (found.label_type, found.num_classes, found.crops) == (label_type, CLASSES, 3)
     for key, labels in images:
         _assert_rounded(found.read(key), labels)
@@ -151,7 +150,6 @@ def test_classes_are_kept_up_to_65536(tmp_path: Path) -> None:
 def test_the_folder_says_what_is_in_it(packed: Path) -> None:
     description = json.loads((packed / "soft_labels.json").read_text())
     index = (packed / "index.npy").read_bytes()
-    keys = sorted(key for key, _ in _dataset())
     names = [f"soft_labels.array_record-{number:05d}-of-00003" for number in range(3)]
     assert sorted(_content(packed)) == sorted([*names, "index.npy", "packed_from.sha256", "soft_labels.json"])
     assert description == {
@@ -164,7 +162,6 @@ def test_the_folder_says_what_is_in_it(packed: Path) -> None:
             {"images": images, "bytes": (packed / name).stat().st_size}
             for name, images in zip(names, [4, 4, 3], strict=True)
         ],
-        "keys_sha256": hashlib.sha256("\n".join(keys).encode(errors="surrogateescape")).hexdigest(),
         "index_sha256": hashlib.sha256(index).hexdigest(),
         "notes": {"teacher": "t", "temperature": 1.5},
     }

@@ -9,12 +9,21 @@ import numpy as np
 import pytest
 
 from sret_jax import UserError
+from sret_jax.data import soft_labels
 from sret_jax.data.decode import stored_crops
 from sret_jax.data.pack_soft_labels import pack_soft_labels
 from sret_jax.data.packed_labels import open_soft_labels
 from sret_jax.data.passes import fkd_passes
 from sret_jax.data.pipeline import Batch, train_batches
-from sret_jax.data.soft_labels import LabelType, SoftLabels, SoftLabelSet, check_complete, write_label_file
+from sret_jax.data.reading import UnreadableError
+from sret_jax.data.soft_labels import (
+    LabelType,
+    SoftLabels,
+    SoftLabelSet,
+    check_complete,
+    labels_digest,
+    write_label_file,
+)
 from sret_jax.data.sources import Source, open_source
 
 CLASSES, STORED, SIZE, BATCH = 3, 6, 12, 12
@@ -131,7 +140,24 @@ def test_packed_and_unpacked_labels_give_the_same_batches(
     for one, other in zip(batches(source, labels, 7), batches(source, packed, 7), strict=True):
         for name in one:
             np.testing.assert_array_equal(one[name], other[name])
-    assert packed.digest() == labels.digest()
+    assert labels_digest(packed, source) == labels_digest(labels, source)
+
+
+def test_a_digest_tells_labels_apart_that_say_something_else(
+    source: Source, labels: SoftLabelSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {labels_digest(labels, source)}
+    key = source.examples[4]["key"]
+    stored = labels.read(key)
+    for part in ("boxes", "flips", "classes", "probabilities"):
+        changed = getattr(stored, part).copy()
+        changed[2] = ~changed[2] if part == "flips" else changed[2][::-1]
+        instead = Changed(labels, {key: stored._replace(**{part: changed})})
+        digests.add(labels_digest(instead, source))  # type: ignore[arg-type]
+    assert len(digests) == 5
+    assert {len(digest) for digest in digests} == {64}
+    monkeypatch.setattr(soft_labels, "_SAMPLE", 3)
+    assert labels_digest(labels, source) not in digests  # of fewer images
 
 
 def test_worker_processes_give_the_same_batches(source: Source, labels: SoftLabelSet) -> None:
@@ -168,8 +194,11 @@ def test_an_image_without_crops_is_left_out_as_a_broken_one(
 
 
 def test_more_crops_than_are_stored_are_refused(source: Source, labels: SoftLabelSet) -> None:
-    with pytest.raises(UserError, match=r"hold 6 crops, but 7 are asked for.*lower config\.distill\.num_crops"):
+    message = r"hold 6 crops, but 7 are asked for.*lower config\.distill\.num_crops"
+    with pytest.raises(UserError, match=message):
         batches(source, labels, 5, passes=fkd_passes(30, 7, 0), batch_size=14)
+    with pytest.raises(UserError, match=message):
+        check_complete(labels, source, 7)
 
 
 def test_labels_that_vanish_during_a_run_are_an_error_that_names_them(
@@ -200,10 +229,47 @@ def test_labels_of_another_dataset_or_of_a_part_are_refused(
         check_complete(part, source)
 
     class Unnamed:
+        """Whose names are known when they are read."""
+
         def __len__(self) -> int:
             return 36
+
+        def __getitem__(self, index: int) -> Any:
+            return source.examples[index]
 
     unnamed = dataclasses.replace(source, examples=Unnamed(), name="unnamed")  # type: ignore[arg-type]
     check_complete(labels, unnamed)
     with pytest.raises(UserError, match="unnamed has 36 images, but only 30 have soft labels"):
         check_complete(part, unnamed)
+
+
+def test_where_names_are_known_only_when_images_are_read_some_are_looked_up(
+    source: Source, labels: SoftLabelSet
+) -> None:
+    class Unnamed:
+        def __init__(self, prefix: str) -> None:
+            self.prefix = prefix
+
+        def __len__(self) -> int:
+            return 36
+
+        def __getitem__(self, index: int) -> Any:
+            if index == 3:
+                raise UnreadableError("Input/output error")
+            return {"key": self.prefix + source.examples[index]["key"]}
+
+    check_complete(labels, dataclasses.replace(source, examples=Unnamed("")))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"none of the 35 images of other that were looked up has soft labels.*other/"):
+        check_complete(labels, dataclasses.replace(source, examples=Unnamed("other/"), name="other"))  # type: ignore[arg-type]
+
+
+def test_images_whose_labels_have_one_name_are_refused(source: Source, labels: SoftLabelSet) -> None:
+    class Twice:
+        def __len__(self) -> int:
+            return 3
+
+        def keys(self) -> list[str]:
+            return ["train/a/b", "train/a/b", "train/a/c"]
+
+    with pytest.raises(UserError, match=r"several images whose soft labels would be called train/a/b\. Expected names"):
+        check_complete(labels, dataclasses.replace(source, examples=Twice()))  # type: ignore[arg-type]

@@ -27,3 +27,7 @@ def first() -> Callable[[jax.Array], jax.Array]:
 def second() -> Callable[[jax.Array], jax.Array]:
     kernel = jnp.asarray(weights(1))
     return lambda images: quarters(images) @ kernel
+
+
+def silent() -> Callable[[jax.Array], jax.Array]:
+    return lambda images: quarters(images)[:, :CLASSES] * jnp.nan

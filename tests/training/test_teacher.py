@@ -273,8 +273,18 @@ def test_a_function_sees_bfloat16_images_when_asked(module) -> None:
 
 
 def test_a_teacher_has_the_normalisation_that_is_given(safetensors, module) -> None:
-    for teacher in load(f"{safetensors},{module(linear)}", mean=[0.5, 0.4, 0.3], std=[0.5, 0.25, 1.0]):
-        assert (teacher.mean, teacher.std) == ((0.5, 0.4, 0.3), (0.5, 0.25, 1.0))
+    ours, function = load(f"{safetensors},{module(linear)}", mean=[0.5, 0.4, 0.3], std=[0.5, 0.25, 1.0])
+    assert (function.mean, function.std) == ((0.5, 0.4, 0.3), (0.5, 0.25, 1.0))
+    assert (ours.mean, ours.std) == (MEAN, STD)
+
+
+def test_a_digest_tells_teachers_of_other_weights_or_inputs_apart() -> None:
+    one = constant(np.arange(3.0))
+    others = [constant(np.arange(3.0) + 1), constant(np.arange(3.0), image_size=2 * SIZE), constant(np.zeros(4))]
+    others.append(constant(np.arange(3.0), mean=(0.5, 0.5, 0.5)))
+    assert one.digest() == constant(np.arange(3.0), name="elsewhere").digest()
+    assert len({teacher.digest() for teacher in [one, *others]}) == 5
+    assert len(one.digest()) == 64
 
 
 def test_a_function_sees_the_students_size_unless_told(module) -> None:
