@@ -14,13 +14,13 @@ from configs import digits
 def get_config() -> ConfigDict:
     """See the file."""
     config = digits.get_config()
-    config.epochs = 12
+    config.epochs = 6
 
     config.model.widths = (16, 32, 64)
     config.model.heads = (1, 2, 4)
     config.model.blocks = (1, 1, 1)
 
-    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.warmup_epochs = 0.5
 
     config.distill.teacher = "runs/digits"
     return config

@@ -4,6 +4,7 @@ import itertools
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -141,20 +142,24 @@ def losses(workdir):
 @pytest.fixture(scope="module")
 def fkd_config(tmp_path_factory):
     """Five epochs of two steps from random soft labels: one epoch, a pass with two crops, two epochs."""
-    config, folder, rng = tiny_config(), tmp_path_factory.mktemp("labels"), np.random.default_rng(0)
-    source = open_split(config, "train")
-    for key in source.examples.keys():  # noqa: SIM118, it is no dict
-        (folder / key).parent.mkdir(parents=True, exist_ok=True)
-        classes = np.array([rng.permutation(1000)[:5] for _ in range(3)], np.int32)
-        probabilities = np.tile([0.5, 0.2, 0.1, 0.1, 0.05], (3, 1))
-        labels = SoftLabels(np.tile([0.1, 0.2, 0.5, 0.6], (3, 1)), rng.random(3) < 0.5, classes, probabilities)
-        write_label_file(folder / f"{key}.tar", labels, LabelType.parse("marginal_smoothing_k5"))
+    config, folder = tiny_config(), tmp_path_factory.mktemp("labels")
+    write_labels(config, folder, seed=0)
     config.epochs = 5
     config.optimizer.warmup_epochs = 1.0
     config.distill.soft_labels = str(folder)
     config.distill.num_crops = 2
     config.augment.mixup, config.augment.cutmix, config.augment.partner = 0.8, 1.0, "permuted"
     return config
+
+
+def write_labels(config, folder, seed):
+    rng, source = np.random.default_rng(seed), open_split(config, "train")
+    for key in source.examples.keys():  # noqa: SIM118, it is no dict
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        classes = np.array([rng.permutation(1000)[:5] for _ in range(3)], np.int32)
+        probabilities = np.tile([0.5, 0.2, 0.1, 0.1, 0.05], (3, 1))
+        labels = SoftLabels(np.tile([0.1, 0.2, 0.5, 0.6], (3, 1)), rng.random(3) < 0.5, classes, probabilities)
+        write_label_file(folder / f"{key}.tar", labels, LabelType.parse("marginal_smoothing_k5"))
 
 
 def test_a_run_from_soft_labels_that_is_interrupted_and_goes_on_ends_as_an_undisturbed_one(
@@ -170,8 +175,15 @@ def test_a_run_from_soft_labels_that_is_interrupted_and_goes_on_ends_as_an_undis
     with pytest.raises(StopIteration):
         loop.train(fkd_config, str(tmp_path / "run"))
     monkeypatch.undo()
-    loop.train(fkd_config, str(tmp_path / "run"))
+    # The same labels may lie elsewhere; others are another run's.
+    config = fkd_config.copy_and_resolve_references()
+    config.distill.soft_labels = str(tmp_path / "moved")
+    shutil.copytree(fkd_config.distill.soft_labels, config.distill.soft_labels)
+    loop.train(config, str(tmp_path / "run"))
     assert losses(tmp_path / "run") == undisturbed
+    write_labels(config, tmp_path / "moved", seed=1)
+    with pytest.raises(UserError, match="soft labels"):
+        loop.train(config, str(tmp_path / "run"))
 
 
 def test_a_run_with_a_teacher_learns_from_what_the_teacher_says(tmp_path, capsys):
@@ -194,6 +206,11 @@ def test_a_run_with_a_teacher_learns_from_what_the_teacher_says(tmp_path, capsys
     state = init_state(model, optimizer, 0, mesh)
     _, metrics = step(state, put_batch(batch, mesh), place_teachers(distillation.teachers, mesh))
     np.testing.assert_allclose(losses(tmp_path / "run")[0], metrics["loss"], rtol=1e-6)
+    # With another teacher the run would be another, wherever it lies.
+    other = jax.tree.map(lambda leaf: leaf + 1, variables)
+    save_variables(tmp_path / "teacher", other, model, name="sret_t", overwrite=True)
+    with pytest.raises(UserError, match="teacher"):
+        loop.train(config, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +225,10 @@ def test_a_run_with_a_teacher_learns_from_what_the_teacher_says(tmp_path, capsys
         ({"distill.soft_labels": "x", "distill.num_crops": 5}, "num_crops is 5, expected what divides the batch size"),
         ({"distill.soft_labels": "x", "distill.label_type": "k5"}, "there is no type of soft labels 'k5'"),
         ({"distill.temperature": 0.0}, "temperature is 0.0, expected a number above 0"),
-        ({"distill.std": (1.0, 0.0, 1.0)}, "std is .* expected three numbers"),
+        ({"distill.std": (1.0, 0.0, 1.0)}, "std is .* expected three numbers, for red, green and blue above 0"),
+        ({"distill.mean": (float("nan"), 0.0, 0.0)}, "mean is .* expected three numbers"),
+        ({"distill.label_type": "bogus"}, "there is no type of soft labels 'bogus'"),
+        ({"distill.interpolation": "nearest"}, "interpolation is 'nearest', expected 'bilinear' or 'bicubic'"),
         ({"augment.partner": "next"}, "partner is 'next', expected 'reversed' or 'permuted'"),
     ],
 )
