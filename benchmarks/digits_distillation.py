@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 STUDENTS = {
-    "labels": ("configs/digits_distill.py", "--config.distill.teacher="),
+    "labels": ("configs/digits_distill.py", "--config.distill.teacher=", "--config.distill.temperature=1.0"),
     "teacher in the loop": ("configs/digits_distill.py", "--config.distill.teacher={folder}/digits"),
     "FKD": ("configs/digits_fkd.py", "--config.distill.soft_labels={folder}/digits_labels"),
 }
 LABELS = (
     *("--data=digits", "--eval-split=test", "--eval-crop-ratio=1", "--num-crops=32"),
-    *("--crop-area", "0.7", "1", "--crop-aspect", "0.8", "1.25", "--flip=0"),
+    *("--crop-area", "0.7", "1", "--crop-aspect", "0.8", "1.25", "--flip=0", "--label-type=ori", "--temperature=4"),
 )
 
 
@@ -34,16 +34,11 @@ def main() -> None:
     _run("train.py", "--config=configs/digits.py", f"--workdir={folder}/digits")
     _run("-m", "sret_jax.distill", f"--teacher={folder}/digits", *LABELS, f"--out={folder}/digits_labels")
     curves = {}
-    for name, (config, flag) in STUDENTS.items():
+    for name, (config, *flags) in STUDENTS.items():
         for seed in range(args.seeds):
             workdir = folder / f"{name.replace(' ', '_')}_{seed}"
-            _run(
-                "train.py",
-                f"--config={config}",
-                flag.format(folder=folder),
-                f"--config.seed={seed}",
-                f"--workdir={workdir}",
-            )
+            given = [flag.format(folder=folder) for flag in flags]
+            _run("train.py", f"--config={config}", *given, f"--config.seed={seed}", f"--workdir={workdir}")
             curves[name, seed] = _accuracies(workdir)
     print(f"{'student learns from':20}  test accuracy after the last epoch, %   mean   mean of the last three epochs")
     for name in STUDENTS:

@@ -179,7 +179,8 @@ def _read_files(folder: str) -> "Iterator[tuple[str, SoftLabels]]":
     from sret_jax.data.soft_labels import FolderLabels, LabelType
 
     labels = FolderLabels(folder, LabelType.parse(LABEL_TYPE), NUM_CLASSES)
-    return ((key, labels.read(key)) for key in sorted(labels.keys()))
+    keys = labels.keys()
+    return ((key, labels.read(key)) for key in keys)
 
 
 def _optimizer() -> Any:
