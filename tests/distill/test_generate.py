@@ -306,7 +306,8 @@ def test_memory_that_is_not_there_is_no_broken_image(source: Source, tmp_path: p
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        make(dataclasses.replace(source, examples=Full(source)), tmp_path / "labels")
+        full = dataclasses.replace(source, examples=Full(source))
+        generate(RECIPE, full, source, str(tmp_path / "labels"), batch_size=1, num_threads=2, say=lambda line: None)
 
 
 def test_a_teacher_that_says_nan_is_named_before_anything_is_kept(source: Source, tmp_path: pathlib.Path) -> None:
