@@ -237,6 +237,7 @@ def test_evaluating_a_run_gives_what_its_last_evaluation_gave(train, averaged, t
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.by_hand
 def test_fine_tuning_starts_from_other_weights_with_the_position_embedding_resized(train, averaged, tmp_path):
     workdir, _ = averaged
     flags = (f"--config.init_from={workdir}", "--config.model.image_size=64", "--config.epochs=1")
@@ -298,6 +299,7 @@ def error_of(result):
     return result.stderr
 
 
+@pytest.mark.by_hand
 def test_a_run_that_diverges_stops_with_the_step(train, tmp_path):
     # The first step has a rate of zero, the second does the damage, which the following ones show.
     flags = ("--config.optimizer.learning_rate=1e30", "--config.max_skipped_steps=3")

@@ -218,6 +218,7 @@ def test_accumulation_averages_the_gradients_of_its_parts():
     assert float(metrics["loss"]) == pytest.approx(float(first_loss + second_loss) / 2, rel=1e-5)
 
 
+@pytest.mark.by_hand  # test_distillation.py has parts on a mesh of eight
 def test_accumulation_gives_the_same_on_one_device_and_on_four():
     optimizer, states = optax.sgd(0.1), []
     for devices in (1, 4):
