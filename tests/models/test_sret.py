@@ -101,7 +101,9 @@ def test_logits_equal_a_numpy_network(fields: dict[str, Any]) -> None:
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("rates", [pytest.param({}, id="no dropout", marks=pytest.mark.by_hand), pytest.param(DROPPING, id="dropout")])
+@pytest.mark.parametrize(
+    "rates", [pytest.param({}, id="no dropout", marks=pytest.mark.by_hand), pytest.param(DROPPING, id="dropout")]
+)
 def test_rolled_unrolled_and_rematerialised_have_the_same_logits_and_gradients(rates: dict[str, float]) -> None:
     images = draws.random_images(_small(), batch=4)
     variables = draws.random_variables(_small())
