@@ -186,6 +186,7 @@ def test_a_run_from_soft_labels_that_is_interrupted_and_goes_on_ends_as_an_undis
         loop.train(config, str(tmp_path / "run"))
 
 
+@pytest.mark.by_hand  # the steps of it are tested above
 def test_a_run_with_a_teacher_learns_from_what_the_teacher_says(tmp_path, capsys):
     config = tiny_config()
     fields = {name: config.model[name] for name in ("image_size", "widths", "heads", "blocks", "recursions", "slices")}
