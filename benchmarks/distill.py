@@ -11,12 +11,11 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import math
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,14 +25,17 @@ import numpy as np
 from sret_jax import SReT, UserError, create_model
 from sret_jax.data.augment import MEAN, STD, Augmentation
 from sret_jax.training.mesh import make_mesh, put_batch
-from sret_jax.training.optimizer import adamw, warmup_cosine
 from sret_jax.training.step import Distillation, init_state, make_train_step
 from sret_jax.training.teacher import Teacher, place_teachers
 
 if TYPE_CHECKING:
+    from benchmarks import measure
+
     # Grain and TFDS need not be there for the train step.
     from sret_jax.data.soft_labels import SoftLabels, SoftLabelSet
     from sret_jax.data.sources import Examples, Source
+else:
+    import measure  # a program's own folder is on the path
 
 NUM_CLASSES = 1000
 K = 5
@@ -73,7 +75,7 @@ class Contender(NamedTuple):
     """A line of a table; the first is what the others are compared with."""
 
     labels: tuple[str, ...]
-    measure: Callable[[int], float]  # seconds of a unit of work, in the round of this number
+    seconds: measure.Measure
 
 
 def main() -> None:
@@ -93,7 +95,7 @@ def time_steps(args: argparse.Namespace) -> str:
     model = create_model(args.model, **({"image_size": args.image_size} if args.image_size else {}))
     mesh = make_mesh({"data": -1}, args.batch_size)
     batch, soft_batch = ({**put_batch(one, mesh)} for one in _random_batches(model, args.batch_size))
-    variables = init_state(model, _optimizer(), seed=1, mesh=mesh).variables
+    variables = init_state(model, measure.optimizer(), seed=1, mesh=mesh).variables
     teacher = Teacher(args.model, model.apply, variables, model.image_size, MEAN, STD, model.num_classes)
     in_loop = Distillation((teacher,))
     contenders = [
@@ -101,13 +103,12 @@ def time_steps(args: argparse.Namespace) -> str:
         Contender(("soft labels",), _stepper(model, args, FKD, soft_batch, Distillation())),
         Contender(("teacher",), _stepper(model, args, MIXED, batch, in_loop)),
     ]
-    device = jax.devices()[0]
-    print(f"{jax.device_count()} × {device.device_kind} ({device.platform}), jax {jax.__version__}")
+    measure.print_device()
     print(
         f"train step of {args.model}, {args.batch_size} images of {model.image_size} pixels, {model.num_classes} "
         f"classes, float32; {args.rounds} rounds in turns, every line at least {args.seconds:g} s in each\n"
     )
-    seconds = _in_turns(contenders, args.rounds)
+    seconds = measure.in_turns([contender.seconds for contender in contenders], args.rounds)
     _print_table(["learns from"], "s a step", contenders, seconds, digits=3)
     print(f"\na step with a teacher to one from soft labels: {np.median(seconds[2] / seconds[1]):.3f}\n")
     ratio = np.median(seconds[1] / seconds[0])
@@ -142,7 +143,7 @@ def time_input(args: argparse.Namespace) -> str:
             f"batches of as many crops of {SIZE} pixels, num_threads={args.threads}; {LABEL_TYPE}, {STORED_CROPS} "
             f"crops an image; processor time, {args.rounds} rounds in turns\n"
         )
-        seconds = 1000 * _in_turns(contenders, args.rounds)
+        seconds = 1000 * measure.in_turns([contender.seconds for contender in contenders], args.rounds)
     _print_table(["soft labels", "crops"], "ms a crop", contenders, seconds, digits=2)
     print()
     ratio = np.median(seconds[1] / seconds[0])
@@ -183,39 +184,30 @@ def _read_files(folder: str) -> "Iterator[tuple[str, SoftLabels]]":
     return ((key, labels.read(key)) for key in keys)
 
 
-def _optimizer() -> Any:
-    return adamw(_schedule(), weight_decay=0.05)
-
-
-def _schedule() -> Any:
-    return warmup_cosine(1e-3, steps=100_000, warmup_steps=10_000)
-
-
 def _stepper(
     model: SReT,
     args: argparse.Namespace,
     augmentation: Augmentation,
     batch: Mapping[str, jax.Array],
     distillation: Distillation,
-) -> Callable[[int], float]:
+) -> measure.Measure:
     """Compiles a train step and gives what times it."""
     mesh = make_mesh({"data": -1}, args.batch_size)
-    step = make_train_step(model, _optimizer(), _schedule(), augmentation, seed=0, mesh=mesh, distillation=distillation)
-    state = init_state(model, _optimizer(), seed=0, mesh=mesh)
+    step = make_train_step(
+        model, measure.optimizer(), measure.schedule(), augmentation, seed=0, mesh=mesh, distillation=distillation
+    )
+    state = init_state(model, measure.optimizer(), seed=0, mesh=mesh)
     frozen = [place_teachers(distillation.teachers, mesh)] if distillation.teachers else []
     compiled = step.lower(state, batch, *frozen).compile()  # type: ignore[attr-defined]
 
-    def seconds_of(steps: int) -> float:
+    def run(steps: int) -> None:
         nonlocal state
-        start = time.perf_counter()
         for _ in range(steps):
             state, _ = compiled(state, batch, *frozen)
         jax.block_until_ready(state)
-        return (time.perf_counter() - start) / steps
 
-    seconds_of(1)
-    steps = max(1, math.ceil(args.seconds / seconds_of(1)))
-    return lambda _: seconds_of(steps)
+    run(1)
+    return measure.timer(run, args.seconds)
 
 
 def _random_batches(model: SReT, batch_size: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -255,49 +247,31 @@ def _seconds_per_crop(
         return (time.process_time() - start) / (BATCHES * args.images)
 
 
-def _in_turns(contenders: Sequence[Contender], rounds: int) -> np.ndarray:
-    """Seconds, (contenders, rounds). There and back again, so that neighbours have the same moments of the machine."""
-    seconds = np.zeros((len(contenders), rounds))
-    for number in range(rounds):
-        for line in range(len(contenders))[:: -1 if number % 2 else 1]:
-            seconds[line, number] = contenders[line].measure(number)
-    return seconds
-
-
 def _print_table(
     header: list[str], unit: str, contenders: Sequence[Contender], values: np.ndarray, digits: int
 ) -> None:
     """Over the rounds: median, least and most, and median, lower and upper quartile of the ratio to the first line."""
-    lines = [[*header, unit, "min–max", "to first", "quartiles"]]
+    lines = []
     for contender, of_rounds in zip(contenders, values, strict=True):
         low, middle, high = np.percentile(of_rounds / values[0], (25, 50, 75))
-        spread = f"{of_rounds.min():.{digits}f}–{of_rounds.max():.{digits}f}"
-        lines.append([*contender.labels, f"{np.median(of_rounds):.{digits}f}", spread])
-        lines[-1] += [f"{middle:.3f}", f"{low:.3f}–{high:.3f}"]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
+        spread = measure.median_spread(of_rounds, digits)
+        lines.append([*contender.labels, *spread, f"{middle:.3f}", f"{low:.3f}–{high:.3f}"])
+    measure.print_aligned([*header, unit, "min–max", "to first", "quartiles"], lines)
 
 
 def _parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", default=["step", "input"], choices=["step", "input"])
-    parser.add_argument("--rounds", type=_positive, default=15)
+    parser.add_argument("--rounds", type=measure.positive, default=15)
     step = parser.add_argument_group("train step")
     step.add_argument("--model", default="sret_t", help="one of sret_jax.list_models(); the teacher is another of it")
-    step.add_argument("--image-size", type=_positive, help="in pixels; default: the model's own")
-    step.add_argument("--batch-size", type=_positive, default=8, help="images, over all devices")
+    step.add_argument("--image-size", type=measure.positive, help="in pixels; default: the model's own")
+    step.add_argument("--batch-size", type=measure.positive, default=8, help="images, over all devices")
     step.add_argument("--seconds", type=float, default=1.0, help="least length of a line in a round")
     data = parser.add_argument_group("input")
-    data.add_argument("--images", type=_positive, default=96, help="photographs, and crops in a batch")
-    data.add_argument("--crops", type=_positive, default=4, help="of an image, one behind the other")
-    data.add_argument("--threads", type=_positive, default=1)
+    data.add_argument("--images", type=measure.positive, default=96, help="photographs, and crops in a batch")
+    data.add_argument("--crops", type=measure.positive, default=4, help="of an image, one behind the other")
+    data.add_argument("--threads", type=measure.positive, default=1)
     return parser.parse_args()
 
 

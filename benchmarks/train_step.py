@@ -7,25 +7,26 @@ Needs only jax, flax, optax and numpy. benchmarks/README.md explains the columns
 
 import argparse
 import itertools
-import math
 import sys
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sret_jax import SReT, UserError, create_model
-from sret_jax.data.augment import Augmentation, normalize
+from sret_jax.data.augment import normalize
 from sret_jax.models.layers import Pool, matmul_precision
 from sret_jax.training.mesh import make_mesh, put_batch
-from sret_jax.training.optimizer import adamw, warmup_cosine
 from sret_jax.training.step import init_state, make_train_step
 
+if TYPE_CHECKING:
+    from benchmarks import measure
+else:
+    import measure  # a program's own folder is on the path
+
 SCAN_UNROLL = {"auto": None, "yes": True, "no": False}
-IMAGENET_AUGMENTATION = Augmentation(flip=0.5, erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 
 
 class Program(NamedTuple):
@@ -33,7 +34,7 @@ class Program(NamedTuple):
 
     labels: tuple[str, ...]
     images: int  # of one execution
-    run: Callable[[int], None]  # executes it so many times and waits for the last result
+    run: measure.Run
     compile_seconds: float
     compiled_bytes: int  # of one device, as the compiler plans
     peak_bytes: int | None  # of one device, as measured after the first execution; None where it does not measure
@@ -43,8 +44,7 @@ def main() -> None:
     """Time what the flags ask for and print a table."""
     args = _parse_args()
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are of compiling
-    device = jax.devices()[0]
-    print(f"{jax.device_count()} × {device.device_kind} ({device.platform}), jax {jax.__version__}")
+    measure.print_device()
     try:
         if args.depth:
             print_depth(args)
@@ -57,18 +57,17 @@ def main() -> None:
 def model_programs(args: argparse.Namespace) -> list[Program]:
     """Forward pass and train step of every combination of model, dtype, batch size and unrolling."""
     programs = []
-    schedule = warmup_cosine(1e-3, steps=100_000, warmup_steps=10_000)
-    optimizer = adamw(schedule, weight_decay=0.05)
+    schedule, optimizer = measure.schedule(), measure.optimizer()
     for name, dtype, size, unroll in itertools.product(args.model, args.dtype, args.batch_size, args.scan_unroll):
         model = _model(name, args, dtype=jnp.dtype(dtype), scan_unroll=SCAN_UNROLL[unroll], remat=args.remat)
         mesh = make_mesh({"data": -1}, size)
         state = init_state(model, optimizer, seed=0, mesh=mesh)
-        batch = put_batch(_random_batch(model, size), mesh)
+        batch = put_batch(measure.random_batch(model, size), mesh)
         images = normalize(batch["image"])
         labels = (name, "forward", dtype, str(size), unroll)
         programs.append(_program(labels, size, jax.jit(model.apply), state.variables, images))
         labels = (name, "train step", dtype, str(size), unroll)
-        step = make_train_step(model, optimizer, schedule, IMAGENET_AUGMENTATION, seed=0, mesh=mesh)
+        step = make_train_step(model, optimizer, schedule, measure.IMAGENET_AUGMENTATION, seed=0, mesh=mesh)
         own_state = jax.tree.map(jnp.copy, state)  # each step overwrites it
         programs.append(_program(labels, size, step, own_state, batch, updates_first=True))
     return programs
@@ -98,22 +97,22 @@ def print_depth(args: argparse.Namespace) -> None:
         model = _model(args.model[0], args, recursions=(recursions,) * 3, scan_unroll=False)
         images = jnp.zeros((args.batch_size[0], model.image_size, model.image_size, 3))
         variables = jax.eval_shape(model.init, jax.random.key(0), images)
-        compiled, elapsed = _compile(jax.jit(model.apply), variables, images)
+        compiled, elapsed = measure.compile_uncached(jax.jit(model.apply), variables, images)
         seconds[recursions].append(elapsed)
         characters[recursions] = len(compiled.as_text())
 
     print(f"{args.model[0]} at {model.image_size} pixels, rolled forward pass, {args.rounds} compilations in turns\n")
     lines = []
     for recursions, values in seconds.items():
-        times = _median_spread_ratio(np.array(values), np.array(seconds[3]), digits=2)
+        times = measure.median_spread_ratio(np.array(values), np.array(seconds[3]), digits=2)
         size, ratio = characters[recursions], characters[recursions] / characters[3]
         lines.append([str((recursions,) * 3), *times, f"{size / 1000:.0f}", f"{ratio:.2f}"])
-    _print_aligned(["recursions", "compile s", "min–max", "to first", "HLO text kB", "to first"], lines)
+    measure.print_aligned(["recursions", "compile s", "min–max", "to first", "HLO text kB", "to first"], lines)
 
 
 def print_table(programs: Sequence[Program], args: argparse.Namespace) -> None:
     """Time the programs in turns and print a line for each."""
-    seconds = _interleaved_seconds([program.run for program in programs], args.rounds, args.seconds)
+    seconds = measure.in_turns([measure.timer(program.run, args.seconds) for program in programs], args.rounds)
     rates = np.array([[program.images] for program in programs]) / seconds
     measured = programs[0].peak_bytes is not None
     print(f"{args.rounds} rounds in turns, every line at least {args.seconds:g} s in each")
@@ -121,16 +120,16 @@ def print_table(programs: Sequence[Program], args: argparse.Namespace) -> None:
     print()
     lines = []
     for program, rate in zip(programs, rates, strict=True):
-        line = [*program.labels, *_median_spread_ratio(rate, rates[0], digits=1)]
+        line = [*program.labels, *measure.median_spread_ratio(rate, rates[0], digits=1)]
         line += [f"{program.compile_seconds:.1f}", f"{program.compiled_bytes / 1e6:.0f}"]
         lines.append(line + ([f"{program.peak_bytes / 1e6:.0f}"] if program.peak_bytes is not None else []))
     header = ["model", "program", "dtype", "batch", "unroll", "images/s", "min–max", "to first", "compile s", "memory"]
-    _print_aligned(header + ["peak"] * measured, lines)
+    measure.print_aligned(header + ["peak"] * measured, lines)
 
 
 def _program(labels: tuple[str, ...], images: int, function: Any, *args: Any, updates_first: bool = False) -> Program:
     """Compile `function` and execute it once. `updates_first`: it donates its first argument and returns a new one."""
-    compiled, seconds = _compile(function, *args)
+    compiled, seconds = measure.compile_uncached(function, *args)
     first, *others = args
 
     def run(times: int) -> None:
@@ -142,35 +141,7 @@ def _program(labels: tuple[str, ...], images: int, function: Any, *args: Any, up
         jax.block_until_ready(output)
 
     run(1)
-    plan = compiled.memory_analysis()
-    planned = plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
-    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return Program(labels, images, run, seconds, planned - plan.alias_size_in_bytes, peak)
-
-
-def _compile(function: Any, *args: Any) -> tuple[Any, float]:
-    """The compiled program, and the seconds that tracing and compiling it took with nothing cached."""
-    jax.clear_caches()
-    start = time.perf_counter()
-    return function.lower(*args).compile(), time.perf_counter() - start
-
-
-def _interleaved_seconds(runs: Sequence[Callable[[int], None]], rounds: int, seconds: float) -> np.ndarray:
-    """Seconds of one execution, (runs, rounds). All take turns, so that a busy moment of the machine hits all alike."""
-    times = [max(1, math.ceil(seconds / _elapsed(run, 1))) for run in runs]
-    return np.array([[_elapsed(run, n) / n for run, n in zip(runs, times, strict=True)] for _ in range(rounds)]).T
-
-
-def _elapsed(run: Callable[[int], None], times: int) -> float:
-    start = time.perf_counter()
-    run(times)
-    return time.perf_counter() - start
-
-
-def _median_spread_ratio(values: np.ndarray, first: np.ndarray, digits: int) -> list[str]:
-    """Over the rounds: median, least and most, and the median of each round's ratio to the first line."""
-    spread = f"{values.min():.{digits}f}–{values.max():.{digits}f}"
-    return [f"{np.median(values):.{digits}f}", spread, f"{np.median(values / first):.2f}"]
+    return Program(labels, images, run, seconds, measure.planned_bytes(compiled), measure.peak_bytes())
 
 
 def _convolution(variables: Any, x: jax.Array) -> jax.Array:
@@ -196,34 +167,15 @@ def _model(name: str, args: argparse.Namespace, **fields: Any) -> SReT:
     return create_model(name, **fields, **({"image_size": args.image_size} if args.image_size else {}))
 
 
-def _random_batch(model: SReT, batch_size: int) -> dict[str, np.ndarray]:
-    """This host's part of a batch of noise."""
-    rng, count = np.random.default_rng(0), batch_size // jax.process_count()
-    images = rng.integers(0, 256, (count, model.image_size, model.image_size, 3), np.uint8)
-    return {"image": images, "label": rng.integers(0, model.num_classes, count, np.int32)}
-
-
-def _print_aligned(header: list[str], lines: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    for line in (header, *lines):
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
-
-
 def _parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["sret_t"], help="names of sret_jax.list_models()")
-    parser.add_argument("--image-size", type=_positive, help="in pixels; default: the model's own")
-    parser.add_argument("--batch-size", nargs="+", type=_positive, default=[16], help="images, over all devices")
+    parser.add_argument("--image-size", type=measure.positive, help="in pixels; default: the model's own")
+    parser.add_argument("--batch-size", nargs="+", type=measure.positive, default=[16], help="images, over all devices")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--scan-unroll", nargs="+", default=["auto"], choices=list(SCAN_UNROLL))
     parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
-    parser.add_argument("--rounds", type=_positive, default=7)
+    parser.add_argument("--rounds", type=measure.positive, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="least length of a round")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--pool-gradient", action="store_true", help="time stage 1's pooling against XLA's convolution")

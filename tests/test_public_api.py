@@ -32,8 +32,9 @@ def test_the_training_step_needs_only_jax_flax_optax_and_numpy():
 def test_the_benchmark_needs_only_jax_flax_optax_and_numpy():
     blocked = ["grain", "tensorflow_datasets", "orbax", "ml_collections", "sklearn", "PIL", "matplotlib"]
     flags = ["--pool-gradient", "--image-size=32", "--batch-size=1", "--rounds=1", "--seconds=0"]
-    start = (
-        f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked})); sys.argv[1:] = {flags}; "
+    start = (  # a program's own folder is on the path
+        "import runpy, sys; sys.path.insert(0, 'benchmarks'); "
+        f"sys.modules.update(dict.fromkeys({blocked})); sys.argv[1:] = {flags}; "
         "runpy.run_path('benchmarks/train_step.py', run_name='__main__')"
     )
     assert "lax.conv 4×4×64 to 128" in run("-c", start)

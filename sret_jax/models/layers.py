@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 Initializer = Callable[..., jax.Array]
@@ -29,16 +30,30 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def dense(features: int, fan_in: int, dtype: DTypeLike, name: str | None = None) -> nn.Dense:
-    """A linear layer with PyTorch's initialisation; (..., fan_in) -> (..., features) in `dtype`."""
-    return nn.Dense(
-        features,
-        dtype=dtype,
-        precision=matmul_precision(dtype),
-        kernel_init=kernel_init,
-        bias_init=bias_init(fan_in),
-        name=name,
-    )
+class Dense(nn.Module):
+    """A linear layer with PyTorch's initialisation, as `nn.Dense` names its parameters."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+    platform: str = "cpu"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
+        """(..., c) -> (..., features) in `dtype`, multiplied with `gain`, a float32 scalar, if there is one.
+
+        The gain goes into kernel and bias: multiplying the output would take another pass over it in both directions,
+        and its gradient would need the output again.
+        """
+        width = x.shape[-1]
+        kernel = self.param("kernel", kernel_init, (width, self.features), jnp.float32)
+        bias = self.param("bias", bias_init(width), (self.features,), jnp.float32)
+        if gain is not None:
+            kernel, bias = gain * kernel, gain * bias
+        shape = x.shape[:-1]
+        if self.platform == "cpu":  # whose XLA transposes arrays of more than two axes for the kernel's gradient
+            x = x.reshape(-1, width)
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), precision=matmul_precision(self.dtype))
+        return (y + bias.astype(self.dtype)).reshape(*shape, self.features)
 
 
 def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
@@ -46,14 +61,42 @@ def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, x Φ(x), computed in float32, of any shape, in x's dtype.
+
+    As the original computes it, by erf; `jax.nn.gelu` takes erfc, which is exact to the last digit for large negative
+    x too, and takes several times as many operations.
+    """
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
 def unit_coefficients(module: nn.Module, count: int) -> jax.Array:
     """The learnable residual coefficients of a layer, (count,) float32, starting at 1 (paper, section 3.3)."""
     return module.param("coefficients", nn.initializers.ones, (count,), jnp.float32)
 
 
-def residual(keep: jax.Array, x: jax.Array, add: jax.Array, y: jax.Array) -> jax.Array:
-    """`keep * x + add * y` in x's dtype: the learnable residual connection. `keep` and `add` are scalars."""
-    return keep.astype(x.dtype) * x + add.astype(x.dtype) * y
+def residual(keep: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`keep * x + y` in x's dtype: the learnable residual connection, whose other coefficient is in y already."""
+    return keep.astype(x.dtype) * x + y
+
+
+@jax.custom_vjp
+def permute_tokens(x: jax.Array, permutation: jax.Array) -> jax.Array:
+    """Tokens (b, n, c) in the order of a permutation, int32 (n,)."""
+    return jnp.take(x, permutation, axis=1, mode="clip", unique_indices=True)
+
+
+def _permute_forward(x: jax.Array, permutation: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return permute_tokens(x, permutation), permutation
+
+
+def _permute_backward(permutation: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
+    # JAX would scatter, which no backend does as fast as it gathers.
+    return permute_tokens(gradient, jnp.argsort(permutation)), None
+
+
+permute_tokens.defvjp(_permute_forward, _permute_backward)
 
 
 class BatchNorm(nn.Module):
@@ -96,29 +139,73 @@ class BatchNorm(nn.Module):
 
 
 class Stem(nn.Module):
-    """Three stride-2 3×3 convolutions, each with BatchNorm and ReLU: images (b, h, w, 3) -> (b, h/8, w/8, width)."""
+    """Three stride-2 3×3 convolutions, each with BatchNorm and ReLU: images (b, h, w, 3) -> (b, h/8, w/8, width).
+
+    Training on CPUs, convolutions are matrix products of patches: XLA's CPU backend takes their gradients slowly.
+    """
 
     width: int
     dtype: DTypeLike = jnp.float32
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """See the class."""
         x = images.astype(self.dtype)
+        convolve = _convolve_patches if train and self.platform == "cpu" else _convolve
         for i, features in enumerate((self.width // 2, self.width, self.width), start=1):
-            x = nn.Conv(
-                features,
-                kernel_size=(3, 3),
-                strides=2,
-                padding=1,  # not "SAME", which pads only right and bottom at stride 2
-                dtype=self.dtype,
-                precision=matmul_precision(self.dtype),
-                kernel_init=kernel_init,
-                bias_init=bias_init(9 * x.shape[-1]),
-                name=f"conv{i}",
-            )(x)
+            x = HalvingConvolution(features, convolve, self.dtype, name=f"conv{i}")(x)
             x = nn.relu(BatchNorm(dtype=self.dtype, name=f"bn{i}")(x, train))
         return x
+
+
+class HalvingConvolution(nn.Module):
+    """A 3×3 convolution at stride 2, padded by 1 on all sides, with PyTorch's initialisation."""
+
+    features: int
+    convolve: Callable[[jax.Array, jax.Array], jax.Array]
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(b, h, w, c) -> (b, ⌈h/2⌉, ⌈w/2⌉, features) in `dtype`."""
+        channels = x.shape[-1]
+        kernel = self.param("kernel", kernel_init, (3, 3, channels, self.features), jnp.float32)
+        bias = self.param("bias", bias_init(9 * channels), (self.features,), jnp.float32)
+        return self.convolve(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(2, 2),
+        padding=((1, 1), (1, 1)),  # not "SAME", which pads only right and bottom at stride 2
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=matmul_precision(x.dtype),
+    )
+
+
+def _convolve_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    batch, height, width, channels = x.shape
+    out_height, out_width = (height + 1) // 2, (width + 1) // 2
+    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+    # Rows and columns 2i - 1, 2i, 2i + 1 of a patch are an odd one of the pair before, an even and an odd one.
+    pairs = x.reshape(batch, out_height, 2, out_width, 2, channels)
+
+    def before(x: jax.Array, axis: int) -> jax.Array:
+        padding = [(1, 0) if i == axis else (0, 0) for i in range(4)]
+        return jax.lax.slice_in_dim(jnp.pad(x, padding), 0, x.shape[axis], axis=axis)
+
+    def taken(dy: int, dx: int) -> jax.Array:
+        x = pairs[:, :, (dy + 1) % 2, :, (dx + 1) % 2]
+        x = before(x, 1) if dy == 0 else x
+        return before(x, 2) if dx == 0 else x
+
+    patches = jnp.concatenate([taken(dy, dx) for dy in range(3) for dx in range(3)], axis=-1)
+    patches = jax.lax.optimization_barrier(patches.reshape(-1, 9 * channels))
+    y = jnp.dot(patches, kernel.reshape(9 * channels, -1), precision=matmul_precision(x.dtype))
+    return y.reshape(batch, out_height, out_width, -1)
 
 
 class Pool(nn.Module):
@@ -157,15 +244,16 @@ class MLP(nn.Module):
     hidden: int
     drop_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
+    platform: str = "cpu"
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """See the class."""
+    def __call__(self, x: jax.Array, train: bool, gain: jax.Array | None = None) -> jax.Array:
+        """See the class; the output is multiplied with `gain`, a scalar, if there is one."""
         width = x.shape[-1]
-        x = dense(self.hidden, width, self.dtype, "fc1")(x)
-        x = nn.gelu(x, approximate=False)
+        x = checkpoint_name(Dense(self.hidden, self.dtype, self.platform, name="fc1")(x), "hidden")
+        x = jax.checkpoint(gelu)(x)  # a pass over x costs less than keeping what its gradient needs
         x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
-        x = dense(width, self.hidden, self.dtype, "fc2")(x)
+        x = Dense(width, self.dtype, self.platform, name="fc2")(x, gain)
         return nn.Dropout(self.drop_rate, deterministic=not train)(x)
 
 
@@ -178,14 +266,15 @@ class NonLinearProjection(nn.Module):
     mlp_ratio: float
     drop_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Tokens (b, n, c) -> (b, n, c)."""
         keep, add = unit_coefficients(self, 2)
         hidden = int(x.shape[-1] * self.mlp_ratio)
-        y = MLP(hidden, self.drop_rate, self.dtype, name="mlp")(layer_norm(self.dtype, "norm")(x), train)
-        return residual(keep, x, add, y)
+        mlp = MLP(hidden, self.drop_rate, self.dtype, self.platform, name="mlp")
+        return residual(keep, x, mlp(layer_norm(self.dtype, "norm")(x), train, gain=add))
 
 
 def draw_branch_scales(key: jax.Array, rate: jax.Array | float, shape: tuple[int, ...]) -> jax.Array:

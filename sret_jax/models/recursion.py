@@ -1,10 +1,12 @@
 """Weight-shared recursion: distinct blocks in one scan, applications of each with the same weights in another."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from sret_jax.models.attention import SlicedAttention
@@ -17,6 +19,10 @@ from sret_jax.models.layers import (
     unit_coefficients,
 )
 
+# What the backward pass does not compute again on CPUs: results of products, and what they and norms are added to.
+# On TPUs, JAX's marks around what is kept cost more copies than this saves.
+_PRODUCTS = jax.checkpoint_policies.save_only_these_names("qkv", "attention", "hidden", "residual")
+
 
 class TransformerBlock(nn.Module):
     """Attention and MLP, each with a learnable residual connection (paper, section 3.3)."""
@@ -26,6 +32,8 @@ class TransformerBlock(nn.Module):
     drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
+    attention: str = "xla"
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(
@@ -41,12 +49,23 @@ class TransformerBlock(nn.Module):
             return y if scales is None else (y * scales[branch, :, None, None]).astype(y.dtype)
 
         c1, c2, c3, c4 = unit_coefficients(self, 4)
-        attention = SlicedAttention(self.heads, self.attn_drop_rate, self.drop_rate, self.dtype, name="attn")
-        y = attention(layer_norm(self.dtype, "norm1")(x), groups, permutation, train)
-        x = residual(c1, x, c2, scaled(y, 0))
-        mlp = MLP(int(x.shape[-1] * self.mlp_ratio), self.drop_rate, self.dtype, name="mlp")
-        y = mlp(layer_norm(self.dtype, "norm2")(x), train)
-        return residual(c3, x, c4, scaled(y, 1))
+        attention = SlicedAttention(
+            self.heads, self.attn_drop_rate, self.drop_rate, self.dtype, self.attention, self.platform, name="attn"
+        )
+        y = attention(layer_norm(self.dtype, "norm1")(x), groups, permutation, train, gain=c2)
+        x = checkpoint_name(_apart(residual(c1, x, scaled(y, 0)), self.platform), "residual")
+        mlp = MLP(int(x.shape[-1] * self.mlp_ratio), self.drop_rate, self.dtype, self.platform, name="mlp")
+        y = mlp(layer_norm(self.dtype, "norm2")(x), train, gain=c4)
+        return checkpoint_name(_apart(residual(c3, x, scaled(y, 1)), self.platform), "residual")
+
+
+def _apart(x: jax.Array, platform: str) -> jax.Array:
+    """x, computed once.
+
+    XLA's CPU backend fuses the whole chain of residual connections into everything that reads one of them, and so
+    computes it many times over.
+    """
+    return jax.lax.optimization_barrier(x) if platform == "cpu" else x
 
 
 class RecursiveBlock(nn.Module):
@@ -65,13 +84,22 @@ class RecursiveBlock(nn.Module):
     drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
+    attention: str = "xla"
+    platform: str = "cpu"
     remat: bool = False
     unroll: bool = True
 
     def setup(self) -> None:
         """The shared block stands outside the scan over its applications, so that the scan can broadcast it."""
-        block = nn.remat(TransformerBlock, static_argnums=(2, 5)) if self.remat else TransformerBlock
-        self.block = block(self.heads, self.mlp_ratio, self.drop_rate, self.attn_drop_rate, self.dtype)
+        self.block = TransformerBlock(
+            self.heads,
+            self.mlp_ratio,
+            self.drop_rate,
+            self.attn_drop_rate,
+            self.dtype,
+            self.attention,
+            self.platform,
+        )
         self.nlls = self.param("nlls", self._init_nlls)
 
     def __call__(
@@ -82,22 +110,20 @@ class RecursiveBlock(nn.Module):
         `permutations` are those of the later applications, (recursions − 1, n), and `scales` those of stochastic depth,
         (recursions, 2, b); either may be None.
         """
-        nll, branch_scales = jax.tree.map(lambda array: array[0], (self.nlls, scales))
+        first = jax.tree.map(lambda array: array[0], (self.nlls, scales))
         later = jax.tree.map(lambda array: array[1:], (self.nlls, scales))
 
-        x = self.block(x, self.slices[0], None, branch_scales, train)
-        x = self._apply_nll(nll, x, train)
+        x = self._application(self.slices[0], train)(self, x, first, None)
+        apply_again = self._application(self.slices[1], train)
 
-        def apply_again(
+        def step(
             module: RecursiveBlock, x: jax.Array, inputs: tuple[tuple[Any, jax.Array | None], jax.Array | None]
         ) -> tuple[jax.Array, None]:
-            (nll, branch_scales), permutation = inputs
-            x = module.block(x, module.slices[1], permutation, branch_scales, train)
-            return module._apply_nll(nll, x, train), None
+            return apply_again(module, x, *inputs), None
 
         if self.recursions > 1:
             scan = nn.scan(
-                apply_again,
+                step,
                 variable_broadcast="params",
                 split_rngs={"params": False, "dropout": True},
                 length=self.recursions - 1,
@@ -106,8 +132,22 @@ class RecursiveBlock(nn.Module):
             x, _ = scan(self, x, (later, permutations))
         return x
 
+    def _application(self, groups: int, train: bool) -> Callable[..., jax.Array]:
+        """One application of the block with its NLL, as a function of this module and arrays."""
+
+        def apply(
+            module: RecursiveBlock, x: jax.Array, own: tuple[Any, jax.Array | None], permutation: jax.Array | None
+        ) -> jax.Array:
+            nll, branch_scales = own
+            x = module.block(x, groups, permutation, branch_scales, train)
+            return _apart(module._apply_nll(nll, x, train), module.platform)
+
+        if self.is_initializing() or not (self.remat or self.platform == "cpu"):
+            return apply
+        return nn.remat(apply, policy=None if self.remat else _PRODUCTS)
+
     def _nll(self) -> NonLinearProjection:
-        return NonLinearProjection(self.nll_ratio, self.drop_rate, self.dtype, parent=None)
+        return NonLinearProjection(self.nll_ratio, self.drop_rate, self.dtype, self.platform, parent=None)
 
     def _init_nlls(self, key: jax.Array) -> Any:
         tokens = jnp.zeros((1, 1, self.width), self.dtype)
@@ -117,10 +157,7 @@ class RecursiveBlock(nn.Module):
     def _apply_nll(self, params: Any, x: jax.Array, train: bool) -> jax.Array:
         rngs = {"dropout": self.make_rng("dropout")} if train and self.drop_rate > 0 else {}
 
-        def apply(params: Any, x: jax.Array) -> jax.Array:
-            return cast(jax.Array, self._nll().apply({"params": params}, x, train, rngs=rngs))
-
-        return (jax.checkpoint(apply) if self.remat else apply)(params, x)
+        return cast(jax.Array, self._nll().apply({"params": params}, x, train, rngs=rngs))
 
 
 class Stage(nn.Module):
@@ -136,6 +173,8 @@ class Stage(nn.Module):
     drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
+    attention: str = "xla"
+    platform: str = "cpu"
     remat: bool = False
     unroll: bool = True
 
@@ -165,6 +204,8 @@ class Stage(nn.Module):
             self.drop_rate,
             self.attn_drop_rate,
             dtype=self.dtype,
+            attention=self.attention,
+            platform=self.platform,
             remat=self.remat,
             unroll=self.unroll,
             name="blocks",

@@ -14,13 +14,15 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sret_jax.errors import UserError
-from sret_jax.models.layers import Pool, Stem, dense, layer_norm
+from sret_jax.models.attention import IMPLEMENTATIONS, fastest_attention
+from sret_jax.models.layers import Dense, Pool, Stem, layer_norm
 from sret_jax.models.recursion import Stage
 
 # Above this many applications of blocks, scans stay rolled unless told otherwise: the published networks have 20.
 MOST_UNROLLED_APPLICATIONS = 64
 
 RATES = ("drop_path_rate", "drop_rate", "attn_drop_rate")
+PLATFORMS = ("cpu", "gpu", "tpu")
 PER_STAGE = ("widths", "heads", "blocks", "recursions", "slices")
 
 Permutations = Sequence[jax.Array | None]
@@ -49,10 +51,14 @@ class SReT(nn.Module):
       attn_drop_rate: dropout on attention weights.
       dtype: compute dtype, float32 or bfloat16. float32 is computed as float32 on every device, without the
         bfloat16 or TF32 products that TPUs and GPUs use by default.
-      remat: recompute each application in the backward pass instead of keeping its activations.
+      remat: keep no more than the input of each application of a block, with its NLL, for the backward pass, which
+        computes the rest again.
       scan_unroll: unroll the scans over blocks and applications, which takes longer to compile. None unrolls networks
-        of up to 64 applications on accelerators, where it is faster and takes a quarter of the memory in training; on
-        CPUs, XLA's fusions make unrolled training half as fast.
+        of up to 64 applications on accelerators, where it is faster and takes a quarter of the memory in training.
+      attention: "xla", products; "pieces", the same for a few slices at a time; "pallas", a fused kernel for TPUs;
+        "cudnn", NVIDIA's, for bfloat16 on GPUs. None is what is fastest on `platform`. Where dropout on attention
+        weights is active, they are plain products.
+      platform: "cpu", "gpu" or "tpu", whose compiler the network is written for; it runs on all. None is JAX's default.
 
     Raises:
       UserError: fields that do not fit together; the message names what would.
@@ -73,6 +79,8 @@ class SReT(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     scan_unroll: bool | None = None
+    attention: str | None = None
+    platform: str | None = None
 
     def __post_init__(self) -> None:
         for name in PER_STAGE:
@@ -95,11 +103,12 @@ class SReT(nn.Module):
         """Create the parts in the order of the data flow."""
         depth = self.applications
         unroll = self.scan_unroll
+        platform = self.platform or jax.default_backend()
         if unroll is None:
-            unroll = jax.default_backend() != "cpu" and sum(depth) <= MOST_UNROLLED_APPLICATIONS
+            unroll = platform != "cpu" and sum(depth) <= MOST_UNROLLED_APPLICATIONS
         width, size = self.widths[0], self.grid_sizes[0]
 
-        self.stem = Stem(width, self.dtype)
+        self.stem = Stem(width, self.dtype, platform)
         # timm's truncation is at ±2, a hundred standard deviations out.
         init = nn.initializers.truncated_normal(0.02, lower=-100, upper=100)
         self.pos_embed = self.param("pos_embed", init, (size, size, width), jnp.float32)
@@ -118,6 +127,8 @@ class SReT(nn.Module):
                 drop_rate=self.drop_rate,
                 attn_drop_rate=self.attn_drop_rate,
                 dtype=self.dtype,
+                attention=self.attention or fastest_attention(platform),
+                platform=platform,
                 remat=self.remat,
                 unroll=unroll,
             )
@@ -126,7 +137,7 @@ class SReT(nn.Module):
         self.pools = [Pool(features, self.dtype) for features in self.widths[1:]]
         self.norm = layer_norm(jnp.float32)
         if self.num_classes:
-            self.head = dense(self.num_classes, self.widths[-1], jnp.float32)
+            self.head = Dense(self.num_classes, jnp.float32, platform)
 
     def __call__(
         self, images: jax.Array, *, train: bool = False, permutations: Permutations | None = None
@@ -292,6 +303,12 @@ def _check_fields(model: SReT) -> None:
             raise UserError(f"{name} is {getattr(model, name)}, expected a probability, at least 0 and below 1")
     if str(getattr(model.dtype, "__name__", model.dtype)) not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {model.dtype!r}, expected float32 or bfloat16")
+    for name, value, known in (
+        ("attention", model.attention, [None, *IMPLEMENTATIONS]),
+        ("platform", model.platform, [None, *PLATFORMS]),
+    ):
+        if value not in known:
+            raise UserError(f"{name} is {value!r}, expected {', '.join(map(repr, known[:-1]))} or {known[-1]!r}")
     _check_division(model)
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from sret_jax.errors import UserError
 from sret_jax.models.cost import count_macs
-from sret_jax.models.sret import MOST_UNROLLED_APPLICATIONS, SReT
+from sret_jax.models.sret import SReT
 from sret_jax.plan.collectives import Collectives, find_collectives
 from sret_jax.plan.devices import Target
 from sret_jax.plan.hlo import main_memory_bytes
@@ -192,7 +192,7 @@ def _lowered_step(
     config: ConfigDict, devices: Sequence[jax.Device], epoch_steps: int, classes: int
 ) -> tuple[Any, SReT]:
     """The train step of a config, traced for a mesh of these devices, and its model."""
-    model = make_model(_with_unrolling(config, devices[0].platform), classes)
+    model = make_model(_for_platform(config, devices[0].platform), classes)
     mesh = make_mesh(config.mesh, config.batch_size, devices)
     step, state = make_training(config, model, epoch_steps, mesh)
     batch = abstract_batch(
@@ -201,12 +201,10 @@ def _lowered_step(
     return step.lower(state, batch), model
 
 
-def _with_unrolling(config: ConfigDict, platform: str) -> ConfigDict:
-    """The config with `scan_unroll` as the model chooses it on such devices; left alone, it asks for JAX's default."""
+def _for_platform(config: ConfigDict, platform: str) -> ConfigDict:
+    """The config with the network as it is written for such devices; left alone, it is written for JAX's default."""
     config = config.copy_and_resolve_references()
-    if config.model.scan_unroll is None:
-        applications = sum(make_model(config, num_classes=0).applications)
-        config.model.scan_unroll = platform != "cpu" and applications <= MOST_UNROLLED_APPLICATIONS
+    config.model.platform = config.model.platform or platform
     return config
 
 

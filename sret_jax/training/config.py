@@ -16,6 +16,7 @@ from sret_jax.errors import UserError
 # Keys that say where or how a run computes, not what comes out. The others cannot change when a run goes on.
 HOW_NOT_WHAT = (
     "checkpoint",
+    "compilation_cache",
     "data.max_broken",
     "data.path",
     "data.threads",
@@ -27,6 +28,8 @@ HOW_NOT_WHAT = (
     "max_skipped_steps",
     "mesh",
     "mode",
+    "model.attention",
+    "model.platform",
     "model.remat",
     "model.scan_unroll",
     "profile_steps",
@@ -115,6 +118,8 @@ def base_config() -> ConfigDict:
     config.model.dtype = "float32"  # compute dtype, or "bfloat16"
     config.model.remat = False
     config.model.scan_unroll = placeholder(bool)
+    config.model.attention = placeholder(str)  # how it is computed; left alone, as is fastest on the devices
+    config.model.platform = placeholder(str)  # "cpu", "gpu" or "tpu", that the network is written for: the devices'
 
     config.data = ConfigDict()
     config.data.source = "digits"  # "folder", "digits", "synthetic" or a prepared TFDS dataset, e.g. "imagenet2012"
@@ -164,6 +169,7 @@ def base_config() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.clip_norm = 0.0  # largest gradient norm; 0 is off
 
+    config.compilation_cache = "cache"  # folder of compiled programs, in the workdir, or a whole path; empty is off
     config.log_every_steps = 50
     config.profile_steps = 0  # so many steps, from the 10th on, into WORKDIR/profile
     config.wandb_project = ""  # Weights & Biases gets the metrics too; empty is off

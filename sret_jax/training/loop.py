@@ -1,7 +1,9 @@
 """The story of a run, top to bottom: from a config to a checkpoint."""
 
+import itertools
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -114,16 +116,19 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                     "the whole run: the learning rate rises until its end"
                 )
             frozen = (place_teachers(teachers, mesh),) if teachers else ()
+            rows = local_rows(mesh, config.batch_size)
+            batches = training_batches(config, model, train_source, first_step, rows, labels)
             if first_step == total_steps:
                 report.message("this run is finished: nothing is left to train")
             else:
                 batch_like = abstract_batch(
                     mesh, config.batch_size, model.image_size, soft_classes=soft_classes(config, model.num_classes)
                 )
-                train_step = compile_everywhere(train_step, like, batch_like, *frozen)
+                with ThreadPoolExecutor(1) as thread:  # while the step compiles, images are decoded
+                    first_batch = thread.submit(next, batches)
+                    train_step = compile_everywhere(train_step, like, batch_like, *frozen)
+                batches = itertools.chain([first_batch.result()], batches)
 
-            rows = local_rows(mesh, config.batch_size)
-            batches = training_batches(config, model, train_source, first_step, rows, labels)
             recent = StepMetrics(checkpoints, config.max_skipped_steps)
             for step in range(first_step + 1, total_steps + 1):
                 waited, batch = _timed(lambda: next(batches))

@@ -12,11 +12,15 @@ from jax.sharding import Mesh
 
 from sret_jax.data.augment import Augmentation, normalize
 from sret_jax.data.targets import Targets
-from sret_jax.models.sret import SReT
+from sret_jax.models.sret import SReT, variable_shapes
 from sret_jax.training.losses import target_loss, teacher_loss
 from sret_jax.training.mesh import place, replicated, sharded, split_batch
 from sret_jax.training.optimizer import Schedule
 from sret_jax.training.teacher import Teacher, teacher_probabilities
+
+# XLA's CPU backend takes optimization barriers away before it fuses, which is what the network has them for.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
+"""For programs that train, by platform."""
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -47,15 +51,21 @@ def init_state(
     model: SReT, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, *, ema: bool = False
 ) -> TrainState:
     """The state before the first step, the same on any mesh; `ema` is whether to keep a moving average."""
-    init = _initializer(model, optimizer, seed, ema)
-    return jax.jit(init, out_shardings=sharded(mesh, jax.eval_shape(init)))()
+
+    def init() -> TrainState:
+        images = jnp.zeros((1, model.image_size, model.image_size, 3))
+        return _first_state(model.init(jax.random.key(seed), images), optimizer, ema)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh, ema=ema))
+    return jax.jit(init, out_shardings=shardings)()
 
 
 def abstract_state(
     model: SReT, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False
 ) -> TrainState:
     """What a state consists of, `jax.ShapeDtypeStruct`s with shardings: to restore one without making one."""
-    state = jax.eval_shape(_initializer(model, optimizer, 0, ema))
+    # The model is traced once for all that ask for its variables' shapes.
+    state = jax.eval_shape(lambda variables: _first_state(variables, optimizer, ema), variable_shapes(model))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
@@ -72,22 +82,15 @@ def with_variables(state: TrainState, variables: Mapping[str, Any], mesh: Mesh) 
     return state.replace(**place(changed, sharded(mesh, changed)))
 
 
-def _initializer(
-    model: SReT, optimizer: optax.GradientTransformation, seed: int, ema: bool
-) -> Callable[[], TrainState]:
-    def init() -> TrainState:
-        images = jnp.zeros((1, model.image_size, model.image_size, 3))
-        variables = model.init(jax.random.key(seed), images)
-        state = TrainState(
-            step=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-            params=variables["params"],
-            batch_stats=variables["batch_stats"],
-            opt_state=optimizer.init(variables["params"]),
-        )
-        return state.replace(ema=state.variables) if ema else state
-
-    return init
+def _first_state(variables: Mapping[str, Any], optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(variables["params"]),
+    )
+    return state.replace(ema=state.variables) if ema else state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +214,13 @@ def make_train_step(
     whole = replicated(mesh)
     placed = sharded(mesh, abstract_state(model, optimizer, mesh, ema=bool(ema_decay)))
     arguments = (placed, split_batch(mesh), *([None] if teachers else []))
-    return jax.jit(train_step, in_shardings=arguments, out_shardings=(placed, whole), donate_argnums=0)
+    return jax.jit(
+        train_step,
+        in_shardings=arguments,
+        out_shardings=(placed, whole),
+        donate_argnums=0,
+        compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+    )
 
 
 def make_eval_step(model: SReT, mesh: Mesh) -> Callable[[Mapping[str, Any], Batch], Metrics]:

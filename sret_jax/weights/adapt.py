@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sret_jax.errors import UserError
-from sret_jax.models.layers import dense
+from sret_jax.models.layers import Dense
 from sret_jax.models.sret import SReT, variable_shapes
 
 # PyTorch's; the bicubic of jax.image.resize has -0.5.
@@ -112,5 +112,5 @@ def _cubic_convolution(length: int, size: int) -> np.ndarray:
 
 def _fresh_head(model: SReT) -> Any:
     width = model.widths[-1]
-    head = dense(model.num_classes, width, jnp.float32)
+    head = Dense(model.num_classes)
     return head.init(jax.random.key(0), jnp.zeros((1, width)))["params"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sret_jax.models import layers
 from sret_jax.models.attention import SlicedAttention
 from sret_jax.models.layers import MLP, BatchNorm, NonLinearProjection, Pool, draw_branch_scales, layer_norm
 from tests.models import numpy_sret
@@ -284,3 +285,41 @@ def test_non_linear_projection_weighs_its_input_and_its_mlp() -> None:
     np.testing.assert_allclose(
         y, 2 * x - 3 * numpy_sret.mlp(_official_mlp(params["mlp"]), normed), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("size", [8, 7])
+def test_convolutions_as_products_of_patches_are_convolutions(size: int) -> None:
+    x, kernel = _normal(2, size, size, 3), _normal(3, 3, 3, 5, seed=1)
+    cotangent = _normal(2, -(-size // 2), -(-size // 2), 5, seed=2)
+
+    def value_and_gradients(convolve):
+        value, pull_back = jax.vjp(convolve, x, kernel)
+        return value, *pull_back(cotangent)
+
+    expected = value_and_gradients(layers._convolve)
+    for found, array in zip(value_and_gradients(layers._convolve_patches), expected, strict=True):
+        np.testing.assert_allclose(found, array, rtol=0, atol=2e-5)  # rounding of sums of up to a hundred numbers
+
+
+def test_gelu_is_the_exact_one_and_so_is_its_gradient() -> None:
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    cdf = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x])
+    density = np.exp(-(x.astype(np.float64) ** 2) / 2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(layers.gelu(x), x * cdf, rtol=0, atol=1e-6)  # rounding of 1 + erf
+    gradient = jax.vmap(jax.grad(layers.gelu))(x)
+    np.testing.assert_allclose(gradient, cdf + x * density, rtol=0, atol=1e-6)
+
+
+def test_a_dense_layers_gain_multiplies_its_output_and_learns() -> None:
+    x, layer = _normal(2, 3, 4), layers.Dense(5)
+    params = layer.init(jax.random.key(0), x)
+    np.testing.assert_allclose(layer.apply(params, x, 0.7), 0.7 * layer.apply(params, x), rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda gain: layer.apply(params, x, gain).sum())(0.7)
+    np.testing.assert_allclose(gradient, layer.apply(params, x).sum(), rtol=1e-5)
+
+
+def test_permuting_tokens_and_its_gradient_are_gathers() -> None:
+    x, permutation = _normal(2, 6, 3), np.random.RandomState(0).permutation(6)
+    y, pull_back = jax.vjp(lambda x: layers.permute_tokens(x, permutation), x)
+    np.testing.assert_array_equal(y, x[:, permutation])
+    np.testing.assert_array_equal(pull_back(y)[0], x)

@@ -1,0 +1,110 @@
+"""The ways to compute attention agree with the plain one, forwards and backwards."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sret_jax
+from sret_jax.models import attention
+from sret_jax.models.attention import IMPLEMENTATIONS, SlicedAttention, fastest_attention
+from tests.models.jaxprs import operations
+
+
+def _qkv(batch: int, tokens: int, width: int) -> np.ndarray:
+    return np.random.RandomState(0).standard_normal((batch, tokens, 3 * width)).astype(np.float32)
+
+
+def _numpy_attention(qkv: np.ndarray, heads: int, groups: int) -> np.ndarray:
+    batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    out = np.empty((batch, tokens, width))
+    runs = np.split(np.arange(tokens), groups)
+    for b, run, h in np.ndindex(batch, groups, heads):
+        columns = slice(h * width // heads, (h + 1) * width // heads)
+        q, k, v = (part[:, columns].astype(np.float64) for part in np.split(qkv[b, runs[run]], 3, axis=1))
+        scores = q @ k.T / np.sqrt(width // heads)
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        out[b, runs[run], columns] = weights / weights.sum(1, keepdims=True) @ v
+    return out
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("implementation", ["xla", "pieces"])
+def test_implementations_equal_numpys_attention(implementation: str, groups: int, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_MOST_WHOLE", 0)
+    monkeypatch.setattr(attention, "_MOST_IN_PIECE", 3000)
+    qkv = _qkv(4, 12, 10)
+    expected = _numpy_attention(qkv, 2, groups)
+    # Rounding of float32 in sums of a dozen numbers near 1.
+    np.testing.assert_allclose(IMPLEMENTATIONS[implementation](qkv, 2, groups), expected, rtol=0, atol=1e-6)
+
+
+def test_pieces_are_loops_whose_gradients_are_those_of_the_whole(monkeypatch) -> None:
+    qkv = _qkv(4, 12, 10)
+    cotangent = np.random.RandomState(1).standard_normal((4, 12, 10)).astype(np.float32)
+
+    def gradient(implementation: str) -> jax.Array:
+        return jax.grad(lambda x: (IMPLEMENTATIONS[implementation](x, 2, 3) * cotangent).sum())(qkv)
+
+    expected = gradient("xla")
+    monkeypatch.setattr(attention, "_MOST_WHOLE", 0)
+    monkeypatch.setattr(attention, "_MOST_IN_PIECE", 3 * 4 * 4**2)
+    jaxpr = jax.make_jaxpr(lambda x: IMPLEMENTATIONS["pieces"](x, 2, 3))(qkv)
+    assert [e.params["length"] for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"] == [8]  # three of 24 each
+    np.testing.assert_allclose(gradient("pieces"), expected, rtol=0, atol=1e-6)
+
+
+def test_cudnns_heads_are_padded_and_scaled_as_they_were(monkeypatch) -> None:
+    asked = []
+
+    def by_xla(*args, implementation, **kwargs):
+        asked.append((implementation, args[0].shape))
+        return product(*args, implementation="xla", **kwargs)
+
+    product = functools.partial(jax.nn.dot_product_attention)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    qkv = _qkv(2, 12, 10)
+    found = IMPLEMENTATIONS["cudnn"](jnp.asarray(qkv), 2, 3)
+    assert asked == [("cudnn", (6, 4, 2, 8))]
+    np.testing.assert_allclose(found, _numpy_attention(qkv, 2, 3), rtol=0, atol=1e-6)  # rounding of float32
+
+
+def test_the_fastest_implementation_is_chosen_by_platform_and_overridden_by_a_field() -> None:
+    assert {platform: fastest_attention(platform) for platform in ("cpu", "gpu", "tpu")} == {
+        "cpu": "pieces",
+        "gpu": "xla",
+        "tpu": "pallas",
+    }
+    assert _has_kernels(platform="tpu")
+    assert not _has_kernels(platform="gpu")
+    assert not _has_kernels(platform="tpu", attention="xla")
+    assert _has_kernels(platform="cpu", attention="pallas")
+
+
+def _has_kernels(**fields: str) -> bool:
+    one_stage = {"widths": (4,), "heads": (2,), "blocks": (1,), "recursions": (1,), "slices": ((1, 1),)}
+    model = sret_jax.SReT(image_size=16, num_classes=2, **one_stage, **fields)
+    images = jnp.zeros((1, 16, 16, 3))
+    found = operations(
+        model.apply,
+        sret_jax.create_model("sret_t", image_size=16, num_classes=2, **one_stage).init(jax.random.key(0), images),
+        images,
+    )
+    return any(equation.primitive.name == "pallas_call" for equation, _ in found)
+
+
+def test_dropout_on_attention_weights_is_computed_by_products_whatever_the_implementation() -> None:
+    x = _qkv(2, 8, 2)
+    layer = SlicedAttention(2, attn_drop_rate=0.5, implementation="pallas")
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    y, _ = layer.init_with_output(rngs, x, 2, None, True)
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("fields", [{"attention": "flash"}, {"platform": "cuda"}])
+def test_unknown_ways_are_refused_with_those_that_there_are(fields: dict[str, str]) -> None:
+    (name,) = fields
+    with pytest.raises(sret_jax.UserError, match=rf"{name} is '\w+', expected None, '\w+'"):
+        sret_jax.create_model("sret_t", **fields)
