@@ -153,6 +153,8 @@ class Stem(nn.Module):
         """See the class."""
         x = images.astype(self.dtype)
         convolve = _convolve_patches if train and self.platform == "cpu" else _convolve
+        if self.platform == "cpu":
+            convolve = _in_whole_vectors(convolve)
         for i, features in enumerate((self.width // 2, self.width, self.width), start=1):
             x = HalvingConvolution(features, convolve, self.dtype, name=f"conv{i}")(x)
             x = nn.relu(BatchNorm(dtype=self.dtype, name=f"bn{i}")(x, train))
@@ -173,6 +175,16 @@ class HalvingConvolution(nn.Module):
         kernel = self.param("kernel", kernel_init, (3, 3, channels, self.features), jnp.float32)
         bias = self.param("bias", bias_init(9 * channels), (self.features,), jnp.float32)
         return self.convolve(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+def _in_whole_vectors(convolve: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., jax.Array]:
+    """With output channels padded to a multiple of 16, a vector of AVX-512: 64 take less time than 63."""
+
+    def padded(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        features = kernel.shape[-1]
+        return convolve(x, jnp.pad(kernel, [(0, 0)] * 3 + [(0, -features % 16)]))[..., :features]
+
+    return padded
 
 
 def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:

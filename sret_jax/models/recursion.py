@@ -139,12 +139,31 @@ class RecursiveBlock(nn.Module):
             module: RecursiveBlock, x: jax.Array, own: tuple[Any, jax.Array | None], permutation: jax.Array | None
         ) -> jax.Array:
             nll, branch_scales = own
-            x = module.block(x, groups, permutation, branch_scales, train)
+            block = module._block_as_its_own(nll["coefficients"])
+            x = block(module.block, x, groups, permutation, branch_scales, train)
             return _apart(module._apply_nll(nll, x, train), module.platform)
 
         if self.is_initializing() or not (self.remat or self.platform == "cpu"):
             return apply
         return nn.remat(apply, policy=None if self.remat else _PRODUCTS)
+
+    def _block_as_its_own(self, unshared: jax.Array) -> Callable[..., jax.Array]:
+        """The block as a function of its module and arguments, on CPUs with vectors that XLA thinks it shares with none.
+
+        XLA's CPU backend writes a vector out for every token where several read it, as applications of an unrolled
+        scan do; for a single reader it does not. So zero is added, which follows from the parameter `unshared`.
+        """
+
+        def call(block: TransformerBlock, *arguments: Any) -> jax.Array:
+            return block(*arguments)
+
+        def own(params: Any) -> Any:
+            zero = (unshared[0] > jnp.inf).astype(jnp.float32)  # never; a comparison has no gradient and makes no NaN
+            return jax.tree.map(lambda array: array + zero if array.ndim == 1 else array, params)
+
+        if self.platform != "cpu" or self.is_initializing():
+            return call
+        return nn.map_variables(call, "params", own)
 
     def _nll(self) -> NonLinearProjection:
         return NonLinearProjection(self.nll_ratio, self.drop_rate, self.dtype, self.platform, parent=None)

@@ -151,10 +151,11 @@ def test_gelus_are_computed_again_and_with_remat_every_application_with_its_proj
         pytest.param(None, "tpu", 32, True, id="64 applications on TPUs"),
         pytest.param(None, "gpu", 32, True, id="64 applications on GPUs"),
         pytest.param(None, "tpu", 33, False, id="66 applications on TPUs"),
-        pytest.param(None, "cpu", 2, False, id="CPUs"),
+        pytest.param(None, "cpu", 32, True, id="64 applications on CPUs"),
+        pytest.param(None, "cpu", 33, False, id="66 applications on CPUs"),
     ],
 )
-def test_scans_are_unrolled_as_told_and_by_default_up_to_64_applications_on_accelerators(
+def test_scans_are_unrolled_as_told_and_by_default_up_to_64_applications(
     scan_unroll, backend, recursions, unrolled, monkeypatch
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
