@@ -148,7 +148,7 @@ class RecursiveBlock(nn.Module):
         return nn.remat(apply, policy=None if self.remat else _PRODUCTS)
 
     def _block_as_its_own(self, unshared: jax.Array) -> Callable[..., jax.Array]:
-        """The block as a function of its module and arguments, on CPUs with vectors that XLA thinks it shares with none.
+        """The block as a function of its module and arguments; on CPUs with vectors that XLA takes for unshared.
 
         XLA's CPU backend writes a vector out for every token where several read it, as applications of an unrolled
         scan do; for a single reader it does not. So zero is added, which follows from the parameter `unshared`.

@@ -134,7 +134,7 @@ class SReT(nn.Module):
             )
             for s in range(len(self.widths))
         ]
-        self.pools = [Pool(features, self.dtype) for features in self.widths[1:]]
+        self.pools = [Pool(features, self.dtype, platform) for features in self.widths[1:]]
         self.norm = layer_norm(jnp.float32)
         if self.num_classes:
             self.head = Dense(self.num_classes, jnp.float32, platform)

@@ -9,7 +9,7 @@ import pytest
 
 from sret_jax.models import layers
 from sret_jax.models.attention import SlicedAttention
-from sret_jax.models.layers import MLP, BatchNorm, NonLinearProjection, Pool, draw_branch_scales, layer_norm
+from sret_jax.models.layers import MLP, BatchNorm, NonLinearProjection, Pool, Stem, draw_branch_scales, layer_norm
 from tests.models import numpy_sret
 from tests.models.jaxprs import operations
 
@@ -93,9 +93,12 @@ def test_batch_norm_takes_statistics_in_float32_of_bfloat16_input(batch_norm_var
     np.testing.assert_allclose(updates["batch_stats"]["var"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("multiplier", [1, 2, 3])
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 5), (6, 3), (1, 2)])
-def test_pool_and_its_gradients_are_those_of_a_depthwise_convolution(height: int, width: int, multiplier: int) -> None:
+def test_pool_and_its_gradients_are_those_of_a_depthwise_convolution(
+    height: int, width: int, multiplier: int, platform: str
+) -> None:
     x = _normal(2, height, width, 3)
     params = {"kernel": _normal(3, 3, 1, 3 * multiplier, seed=1), "bias": _normal(3 * multiplier, seed=2)}
     cotangent = _normal(2, (height + 1) // 2, (width + 1) // 2, 3 * multiplier, seed=3)
@@ -113,7 +116,7 @@ def test_pool_and_its_gradients_are_those_of_a_depthwise_convolution(height: int
         return y + params["bias"]
 
     def pool(params, x):
-        return Pool(3 * multiplier).apply({"params": params}, x)
+        return Pool(3 * multiplier, platform=platform).apply({"params": params}, x)
 
     expected, expected_pullback = jax.vjp(convolve, params, x)
     y, pullback = jax.vjp(pool, params, x)
@@ -125,12 +128,32 @@ def test_pool_and_its_gradients_are_those_of_a_depthwise_convolution(height: int
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_pool_uses_no_convolution_of_xlas() -> None:
+@pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("gpu", 0), ("tpu", 1)])
+def test_pool_is_a_convolution_of_xlas_on_tpus_alone(platform: str, convolutions: int) -> None:
     x = _normal(1, 4, 4, 3)
-    variables = jax.eval_shape(Pool(6).init, jax.random.key(0), x)
-    assert "conv_general_dilated" not in {
-        equation.primitive.name for equation, _ in operations(Pool(6).apply, variables, x)
-    }
+    pool = Pool(6, platform=platform)
+    variables = jax.eval_shape(pool.init, jax.random.key(0), x)
+    names = [equation.primitive.name for equation, _ in operations(pool.apply, variables, x)]
+    assert names.count("conv_general_dilated") == convolutions
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("width", [6, 16, 42])
+def test_the_stem_of_cpus_is_that_of_other_platforms(width: int, train: bool) -> None:
+    images = _normal(2, 18, 22, 3)
+    variables = jax.jit(Stem(width).init, static_argnums=2)(jax.random.key(0), images, False)
+
+    def stem(params, platform):
+        both = {**variables, "params": params}
+        return Stem(width, platform=platform).apply(both, images, train, mutable=["batch_stats"])[0]
+
+    expected, expected_pullback = jax.vjp(lambda params: stem(params, "gpu"), variables["params"])
+    y, pullback = jax.vjp(lambda params: stem(params, "cpu"), variables["params"])
+    assert y.shape == expected.shape == (2, 3, 3, width)
+    # float32 sums of 9 * width products in another order, in three layers that divide by deviations
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    found, wanted = pullback(_normal(*y.shape, seed=4)), expected_pullback(_normal(*y.shape, seed=4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), found, wanted)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

@@ -1,9 +1,13 @@
 """What the scans give to each application of a block: here, dropout of its own."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sret_jax.models.recursion import Stage
+from tests.models.jaxprs import operations
 
 
 def test_every_application_of_every_block_drops_by_itself() -> None:
@@ -40,3 +44,23 @@ def test_every_application_of_every_block_drops_by_itself() -> None:
         for j in range(i):
             assert abs((kept[i] == kept[j]).mean() - 0.5) < tolerance, (i, j)
     assert abs((np.asarray(run(jax.random.key(1))) == y).mean() - 0.5**6) < tolerance
+
+
+def test_on_cpus_an_applications_vectors_are_its_own_and_keep_their_values_and_gradients() -> None:
+    def stage(platform: str) -> Stage:
+        return Stage(1, 2, 3, (2, 2), 2.0, 1.0, (0.0,), platform=platform)
+
+    x = np.random.RandomState(0).normal(size=(2, 8, 4)).astype(np.float32)
+    variables = jax.jit(lambda key: stage("cpu").init(key, x, None, False))(jax.random.key(0))
+
+    def loss(params: Any, platform: str) -> jax.Array:
+        return jnp.square(stage(platform).apply({"params": params}, x, None, False)).sum()
+
+    found, wanted = (jax.value_and_grad(loss)(variables["params"], platform) for platform in ("cpu", "gpu"))
+    # the same products in another order, float32
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, wanted)
+    comparisons = [
+        [equation.primitive.name for equation, _ in operations(lambda p, on=on: loss(p, on), variables["params"])]
+        for on in ("cpu", "gpu")
+    ]
+    assert [names.count("gt") for names in comparisons] == [2, 0]  # the first application, and the scan's body
