@@ -22,6 +22,9 @@ from sret_jax.training.teacher import Teacher, teacher_probabilities
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
 """For programs that train, by platform."""
 
+_COMPILED_QUICKLY: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 0}}
+"""For programs that run once, by platform: some forty draws take long to compile, and no time to run."""
+
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -57,7 +60,8 @@ def init_state(
         return _first_state(model.init(jax.random.key(seed), images), optimizer, ema)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh, ema=ema))
-    return jax.jit(init, out_shardings=shardings)()
+    options = _COMPILED_QUICKLY.get(mesh.devices.flat[0].platform)
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)()
 
 
 def abstract_state(
