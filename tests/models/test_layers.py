@@ -138,7 +138,7 @@ def test_pool_is_a_convolution_of_xlas_on_tpus_alone(platform: str, convolutions
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("width", [6, 16, 42])
+@pytest.mark.parametrize("width", [6, 62])  # the latter is padded
 def test_the_stem_of_cpus_is_that_of_other_platforms(width: int, train: bool) -> None:
     images = _normal(2, 18, 22, 3)
     variables = jax.jit(Stem(width).init, static_argnums=2)(jax.random.key(0), images, False)
