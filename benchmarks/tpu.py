@@ -23,11 +23,10 @@ from ml_collections import ConfigDict
 from sret_jax import UserError
 from sret_jax.data.augment import Augmentation
 from sret_jax.data.targets import Targets
-from sret_jax.models.cost import count_macs
 from sret_jax.plan.collectives import Collectives, find_collectives
 from sret_jax.plan.devices import EXAMPLES, Target, find_target
 from sret_jax.plan.hlo import Instruction, array_bytes, computations, main_memory_bytes
-from sret_jax.plan.program import Memory, Program, least_seconds
+from sret_jax.plan.program import describe, least_seconds
 from sret_jax.training.build import make_augmentation, make_model, make_optimizer
 from sret_jax.training.mesh import abstract_batch, make_mesh
 from sret_jax.training.step import abstract_state, make_train_step
@@ -138,23 +137,8 @@ def compile_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         make_mesh(config.mesh, config.batch_size, target.devices), config.batch_size, model.image_size
     )
     compiled, seconds = measure.compile_uncached(step, state, batch)
-    text, planned, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
-    program = Program(
-        batch_size=config.batch_size,
-        memory=Memory(
-            arguments=planned.argument_size_in_bytes,
-            outputs=planned.output_size_in_bytes,
-            in_place=planned.alias_size_in_bytes,
-            temporaries=planned.temp_size_in_bytes,
-            code=planned.generated_code_size_in_bytes,
-        ),
-        flops=cost["flops"],
-        network_flops=6 * count_macs(model) * config.batch_size / len(target.devices),
-        accessed_bytes=cost["bytes accessed"],
-        main_memory_bytes=main_memory_bytes(text),
-        collectives=find_collectives(text),
-        compile_seconds=seconds,
-    )
+    text = compiled.as_text()
+    program = describe(compiled, model, config.batch_size, len(target.devices), seconds)
     bounds = least_seconds(program, target)
     return {
         "image_size": model.image_size,

@@ -108,26 +108,32 @@ def compile_step(config: ConfigDict, target: Target, epoch_steps: int, classes: 
     lowered, model = _lowered_step(config, target.devices, epoch_steps, classes)
     compiled = _compile(lowered, config.batch_size, target)
     seconds = time.perf_counter() - start
+    program = describe(compiled, model, config.batch_size, len(target.devices), seconds)
+    if target.memory_bytes and program.memory.total > target.memory_bytes:  # compilers for GPUs do not refuse
+        needed = f"it needs {program.memory.total / 2**30:.2f} GiB"
+        raise TooLargeError(_too_large(config.batch_size, target, needed))
+    return program
+
+
+def describe(compiled: Any, model: SReT, batch_size: int, device_count: int, compile_seconds: float) -> Program:
+    """What the compiler says of a train step of `model` (`jax.stages.Compiled`), whose global batch is `batch_size`."""
     text = compiled.as_text()
     planned, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    memory = Memory(
-        arguments=planned.argument_size_in_bytes,
-        outputs=planned.output_size_in_bytes,
-        in_place=planned.alias_size_in_bytes,
-        temporaries=planned.temp_size_in_bytes,
-        code=planned.generated_code_size_in_bytes,
-    )
-    if target.memory_bytes and memory.total > target.memory_bytes:  # compilers for GPUs do not refuse
-        raise TooLargeError(_too_large(config.batch_size, target, f"it needs {memory.total / 2**30:.2f} GiB"))
     return Program(
-        batch_size=config.batch_size,
-        memory=memory,
+        batch_size=batch_size,
+        memory=Memory(
+            arguments=planned.argument_size_in_bytes,
+            outputs=planned.output_size_in_bytes,
+            in_place=planned.alias_size_in_bytes,
+            temporaries=planned.temp_size_in_bytes,
+            code=planned.generated_code_size_in_bytes,
+        ),
         flops=cost["flops"],
-        network_flops=6 * count_macs(model) * config.batch_size / len(target.devices),
+        network_flops=6 * count_macs(model) * batch_size / device_count,
         accessed_bytes=cost["bytes accessed"],
         main_memory_bytes=main_memory_bytes(text),
         collectives=find_collectives(text),
-        compile_seconds=seconds,
+        compile_seconds=compile_seconds,
     )
 
 
