@@ -9,7 +9,16 @@ import pytest
 
 from sret_jax.models import layers
 from sret_jax.models.attention import SlicedAttention
-from sret_jax.models.layers import MLP, BatchNorm, NonLinearProjection, Pool, Stem, draw_branch_scales, layer_norm
+from sret_jax.models.layers import (
+    MLP,
+    BatchNorm,
+    Dense,
+    NonLinearProjection,
+    Pool,
+    Stem,
+    draw_branch_scales,
+    layer_norm,
+)
 from tests.models import numpy_sret
 from tests.models.jaxprs import operations
 
@@ -154,6 +163,31 @@ def test_the_stem_of_cpus_is_that_of_other_platforms(width: int, train: bool) ->
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
     found, wanted = pullback(_normal(*y.shape, seed=4)), expected_pullback(_normal(*y.shape, seed=4))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("platform", "width", "features"),
+    [("cpu", 62, [32, 64, 64]), ("cpu", 64, [32, 64, 64]), ("cpu", 6, [3, 6, 6]), ("gpu", 62, [31, 62, 62])],
+)
+def test_the_stems_channels_are_padded_on_cpus_where_few_are_missing(
+    platform: str, width: int, features: list[int]
+) -> None:
+    stem, images = Stem(width, platform=platform), np.zeros((1, 16, 16, 3), np.float32)
+    variables = jax.eval_shape(lambda: stem.init(jax.random.key(0), images, False))
+    computed = [
+        equation.outvars[0].aval.shape[-1]
+        for equation, _ in operations(lambda v: stem.apply(v, images, False), variables)
+        if equation.primitive.name == "conv_general_dilated"
+    ]
+    assert computed == features
+
+
+@pytest.mark.parametrize(("platform", "axes"), [("cpu", 2), ("gpu", 3), ("tpu", 3)])
+def test_dense_layers_take_tokens_as_rows_on_cpus_alone(platform: str, axes: int) -> None:
+    dense, x = Dense(4, platform=platform), np.zeros((2, 5, 3), np.float32)
+    variables = jax.eval_shape(lambda: dense.init(jax.random.key(0), x))
+    (product,) = (e for e, _ in operations(dense.apply, variables, x) if e.primitive.name == "dot_general")
+    assert product.invars[0].aval.ndim == axes
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

@@ -64,3 +64,16 @@ def test_on_cpus_an_applications_vectors_are_its_own_and_keep_their_values_and_g
         for on in ("cpu", "gpu")
     ]
     assert [names.count("gt") for names in comparisons] == [2, 0]  # the first application, and the scan's body
+
+
+def test_residual_connections_are_kept_apart_on_cpus_alone() -> None:
+    x = np.zeros((2, 8, 4), np.float32)
+
+    def barriers(platform: str) -> int:
+        stage = Stage(1, 2, 3, (2, 2), 2.0, 1.0, (0.0,), platform=platform)
+        variables = jax.eval_shape(lambda: stage.init(jax.random.key(0), x, None, False))
+        forward = operations(lambda variables: stage.apply(variables, x, None, False), variables)
+        return sum(equation.primitive.name == "optimization_barrier" for equation, _ in forward)
+
+    # behind attention, MLP and NLL, of the first application and of the scan's body
+    assert [barriers(platform) for platform in ("cpu", "gpu", "tpu")] == [6, 0, 0]

@@ -312,3 +312,21 @@ def test_a_step_has_the_loss_of_its_smoothed_labels_and_moves_everything():
     assert all(int(after.batch_stats["stem"][f"bn{i}"]["batches"]) == 1 for i in (1, 2, 3))
     for tree, old in ((after.params, before.params), (after.batch_stats, before.batch_stats)):
         jax.tree.map(lambda new, value: np.testing.assert_(np.any(new != value)), tree, old)
+
+
+def test_barriers_stay_in_train_steps_that_are_compiled_for_cpus(monkeypatch):
+    def sum_of_products(x):
+        return jax.lax.optimization_barrier(x * 2) + 1
+
+    def barriers(options):
+        compiled = jax.jit(sum_of_products).lower(jnp.ones(8)).compile(options)
+        return compiled.as_text().count("opt-barrier(")
+
+    assert barriers(None) == 0  # if ever not, the option is needed no more
+    asked = {}
+    monkeypatch.setattr(jax, "jit", lambda function, **options: asked.update(options))
+    mesh = make_mesh({"data": -1}, ROWS, jax.devices()[:1])
+    optimizer = adamw(lambda _: LEARNING_RATE, weight_decay=0.05)
+    make_train_step(MODEL, optimizer, lambda _: LEARNING_RATE, AUGMENTATION, 0, mesh)
+    monkeypatch.undo()
+    assert barriers(asked["compiler_options"]) == 1
