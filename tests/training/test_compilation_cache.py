@@ -170,6 +170,22 @@ def test_where_the_user_told_jax_of_a_cache_it_is_left_alone(told_jax):
     assert cache_folder(base_config(), "/runs/a") is None
 
 
+def test_neither_small_programs_are_left_out_nor_do_xlas_own_caches_make_others_of_them(tmp_path):
+    ask = """
+import jax, sys
+from sret_jax.training.compilation_cache import use_compilation_cache
+from sret_jax.training.config import base_config
+use_compilation_cache(base_config(), sys.argv[1])
+for name in ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "persistent_cache_enable_xla_caches"):
+    print(repr(jax.config.values["jax_" + name]))
+"""
+    environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    answer = subprocess.run(
+        [sys.executable, "-c", ask, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert answer.stdout.splitlines() == [repr(f"{tmp_path}/cache"), "0.0", "''"], answer.stderr
+
+
 def test_the_oldest_programs_go_when_there_are_too_many(tmp_path):
     for age, name in enumerate(("new", "middle", "old")):
         (tmp_path / f"{name}-cache").write_bytes(bytes(100))

@@ -88,6 +88,9 @@ def test_the_identity_of_a_run_leaves_out_how_it_is_computed():
     other.mesh.data = 4
     other.data.path = "/elsewhere"
     other.model.remat = True
+    other.model.scan_unroll = False
+    other.model.attention, other.model.platform = "xla", "gpu"
+    other.compilation_cache = ""
     other.checkpoint.keep = 7
     assert identity(config) == identity(other)
     other.model.mlp_ratio = 2.0
