@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from sret_jax import SReT, UserError, create_model
+from sret_jax import SReT, create_model
 from sret_jax.data.augment import MEAN, STD, Augmentation
 from sret_jax.training.mesh import make_mesh, put_batch
 from sret_jax.training.step import Distillation, init_state, make_train_step
@@ -82,11 +81,7 @@ def main() -> None:
     """Print a table for each part, and at the end what distillation costs at most."""
     args = _parse_args()
     parts = {"step": time_steps, "input": time_input}
-    try:
-        verdicts = [parts[part](args) for part in args.part]
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print("\n".join(verdicts))
+    print("\n".join([parts[part](args) for part in args.part]))
 
 
 def time_steps(args: argparse.Namespace) -> str:
@@ -276,4 +271,4 @@ def _parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    measure.run_program(main)

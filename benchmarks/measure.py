@@ -27,7 +27,7 @@ import jax
 import numpy as np
 import optax
 
-from sret_jax import SReT
+from sret_jax import SReT, UserError
 from sret_jax.data.augment import Augmentation
 from sret_jax.training.optimizer import Schedule, adamw, warmup_cosine
 
@@ -126,6 +126,14 @@ def in_own_process(function: Callable[..., Any], *args: Any, environment: Mappin
             return pool.submit(function, *args).result()
         except BrokenProcessPool as error:
             raise RuntimeError("its process died") from error
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Call `main`; a user's mistake ends the program with its message."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def failure(error: Exception) -> str:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sret_jax import SReT, UserError, create_model
+from sret_jax import SReT, create_model
 from sret_jax.plan.collectives import find_collectives
 from sret_jax.plan.devices import EXAMPLES, LOCAL, find_target
 from sret_jax.training.mesh import abstract_batch, make_mesh, put_batch
@@ -288,7 +288,4 @@ def _parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    measure.run_program(main)

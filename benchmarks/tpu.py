@@ -20,7 +20,6 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from sret_jax import UserError
 from sret_jax.data.augment import Augmentation
 from sret_jax.data.targets import Targets
 from sret_jax.plan.collectives import Collectives, find_collectives
@@ -408,7 +407,4 @@ def _parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    measure.run_program(main)

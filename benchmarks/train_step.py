@@ -7,7 +7,6 @@ Needs only jax, flax, optax and numpy. benchmarks/README.md explains the columns
 
 import argparse
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sret_jax import SReT, UserError, create_model
+from sret_jax import SReT, create_model
 from sret_jax.data.augment import normalize
 from sret_jax.models.layers import Pool, matmul_precision
 from sret_jax.training.mesh import make_mesh, put_batch
@@ -45,13 +44,10 @@ def main() -> None:
     args = _parse_args()
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are of compiling
     measure.print_device()
-    try:
-        if args.depth:
-            print_depth(args)
-        else:
-            print_table(pool_programs(args) if args.pool_gradient else model_programs(args), args)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    if args.depth:
+        print_depth(args)
+    else:
+        print_table(pool_programs(args) if args.pool_gradient else model_programs(args), args)
 
 
 def model_programs(args: argparse.Namespace) -> list[Program]:
@@ -184,4 +180,4 @@ def _parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    measure.run_program(main)

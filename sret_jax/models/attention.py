@@ -102,17 +102,15 @@ def _attend_whole(
 
 def _attend_in_pieces(qkv: jax.Array, heads: int, groups: int) -> jax.Array:
     """A few slices and heads at a time, as many as keep their scores in a CPU's caches."""
-    query, key, value = _split(qkv, heads, groups)
-    sequences, tokens, _ = query.shape
-    pieces = _count_pieces(sequences, tokens)
+    batch, tokens, _ = qkv.shape
+    pieces = _count_pieces(batch * groups * heads, tokens // groups)
     if pieces == 1:
-        x = attend(query, key, value)
-    else:
-        # Every piece takes every so many sequence, so that a batch stays split over the devices that share it.
-        parts = (a.reshape(-1, pieces, *a.shape[1:]).swapaxes(0, 1) for a in (query, key, value))
-        x = jax.lax.map(lambda part: jax.checkpoint(attend)(*part), tuple(parts))
-        x = x.swapaxes(0, 1).reshape(query.shape)
-    return _join(x, qkv.shape[0], heads, groups)
+        return _attend_whole(qkv, heads, groups)
+    query, key, value = _split(qkv, heads, groups)
+    # Every piece takes every so many sequence, so that a batch stays split over the devices that share it.
+    parts = (a.reshape(-1, pieces, *a.shape[1:]).swapaxes(0, 1) for a in (query, key, value))
+    x = jax.lax.map(lambda part: jax.checkpoint(attend)(*part), tuple(parts))
+    return _join(x.swapaxes(0, 1).reshape(query.shape), batch, heads, groups)
 
 
 def _count_pieces(sequences: int, tokens: int) -> int:
