@@ -180,7 +180,10 @@ class RecursiveBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """`blocks` distinct recursive blocks, one after another, their parameters stacked on a leading axis."""
+    """`blocks` distinct recursive blocks, one after another, their parameters stacked on a leading axis.
+
+    `unroll` is whether the scans over them and over their applications are unrolled; None means in training alone.
+    """
 
     blocks: int
     heads: int
@@ -195,11 +198,12 @@ class Stage(nn.Module):
     attention: str = "xla"
     platform: str = "cpu"
     remat: bool = False
-    unroll: bool = True
+    unroll: bool | None = True
 
     @nn.compact
     def __call__(self, x: jax.Array, permutations: jax.Array | None, train: bool) -> jax.Array:
         """Tokens (b, n, c) -> (b, n, c); `permutations`: int32 (blocks, recursions − 1, n), None for raster order."""
+        unroll = train if self.unroll is None else self.unroll
 
         def apply_block(
             block: RecursiveBlock, x: jax.Array, inputs: tuple[jax.Array | None, jax.Array | None]
@@ -211,7 +215,7 @@ class Stage(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.blocks,
-            unroll=self.blocks if self.unroll else 1,
+            unroll=self.blocks if unroll else 1,
         )
         blocks = RecursiveBlock(
             x.shape[-1],
@@ -226,7 +230,7 @@ class Stage(nn.Module):
             attention=self.attention,
             platform=self.platform,
             remat=self.remat,
-            unroll=self.unroll,
+            unroll=unroll,
             name="blocks",
         )
         x, _ = scan(blocks, x, (permutations, self._scales(x.shape[0]) if train else None))

@@ -144,27 +144,28 @@ def test_gelus_are_computed_again_and_with_remat_every_application_with_its_proj
 
 
 @pytest.mark.parametrize(
-    ("scan_unroll", "backend", "recursions", "unrolled"),
+    ("scan_unroll", "backend", "recursions", "train", "unrolled"),
     [
-        pytest.param(False, "tpu", 2, False, id="rolled"),
-        pytest.param(True, "cpu", 40, True, id="unrolled"),
-        pytest.param(None, "tpu", 32, True, id="64 applications on TPUs"),
-        pytest.param(None, "gpu", 32, True, id="64 applications on GPUs"),
-        pytest.param(None, "tpu", 33, False, id="66 applications on TPUs"),
-        pytest.param(None, "cpu", 32, True, id="64 applications on CPUs"),
-        pytest.param(None, "cpu", 33, False, id="66 applications on CPUs"),
+        pytest.param(False, "tpu", 2, True, False, id="rolled"),
+        pytest.param(True, "cpu", 40, False, True, id="unrolled"),
+        pytest.param(None, "tpu", 32, False, True, id="64 applications on TPUs"),
+        pytest.param(None, "gpu", 32, False, True, id="64 applications on GPUs"),
+        pytest.param(None, "tpu", 33, True, False, id="66 applications on TPUs"),
+        pytest.param(None, "cpu", 32, True, True, id="training 64 applications on CPUs"),
+        pytest.param(None, "cpu", 32, False, False, id="evaluating 64 applications on CPUs"),
+        pytest.param(None, "cpu", 33, True, False, id="training 66 applications on CPUs"),
     ],
 )
 def test_scans_are_unrolled_as_told_and_by_default_up_to_64_applications(
-    scan_unroll, backend, recursions, unrolled, monkeypatch
+    scan_unroll, backend, recursions, train, unrolled, monkeypatch
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     model = _small(
         scan_unroll=scan_unroll, recursions=(recursions,), attention="xla"
     )  # kernels have loops of their own
-    scans = [
-        equation.params for equation, _ in operations(model.apply, *_shapes(model)) if equation.primitive.name == "scan"
-    ]
+    rngs = {"permutation": jax.random.key(0)}
+    apply = functools.partial(model.apply, train=train, mutable=["batch_stats"], rngs=rngs)
+    scans = [equation.params for equation, _ in operations(apply, *_shapes(model)) if equation.primitive.name == "scan"]
     assert sorted(scan["length"] for scan in scans) == sorted([2, recursions - 1])
     for scan in scans:
         assert scan["unroll"] == (scan["length"] if unrolled else 1)
