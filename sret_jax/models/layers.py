@@ -1,5 +1,6 @@
 """The small parts of the network: convolutions, dense layers, normalisation, MLP, stochastic depth."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -254,12 +255,13 @@ def _convolve_slices(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    total = jnp.zeros((batch, out_height, out_width, *weights.shape[1:]), x.dtype)
-    for offset in range(9):
-        top, left = divmod(offset, 3)
-        shifted = padded[:, top : top + 2 * out_height - 1 : 2, left : left + 2 * out_width - 1 : 2]
-        total += shifted[..., None] * weights[offset]
-    return total.reshape(batch, out_height, out_width, -1)
+    shifted = [
+        padded[:, top : top + 2 * out_height - 1 : 2, left : left + 2 * out_width - 1 : 2]
+        for top, left in itertools.product(range(3), repeat=2)
+    ]
+    # One sum for each m: with m as an axis of the factors, all nine are written out as often as there are m.
+    sums = [sum(map(jnp.multiply, shifted, weights[..., m])) for m in range(weights.shape[-1])]
+    return jnp.stack(sums, axis=-1).reshape(batch, out_height, out_width, -1)
 
 
 class MLP(nn.Module):
