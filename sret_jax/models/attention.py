@@ -6,10 +6,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from sret_jax.models.layers import Dense, matmul_precision, permute_tokens
+from sret_jax.models.layers import Dense, matmul_precision, permute_tokens, recomputed_on_cpus
 
 # Scores of one layer that stay in a CPU's caches without being cut up, and of one piece of those that do not, in
 # bytes of float32: benchmarks/attention.py.
@@ -21,7 +20,9 @@ class SlicedAttention(nn.Module):
     """Multi-head self-attention within `groups` equal runs of the tokens.
 
     Attributes:
+      width: of the tokens.
       heads: number of heads, a divisor of the width.
+      norm: what tokens pass first, if there is one.
       attn_drop_rate: dropout on attention weights; where it is active, `implementation` is not asked.
       drop_rate: dropout behind the output projection.
       dtype: compute dtype.
@@ -29,14 +30,22 @@ class SlicedAttention(nn.Module):
       platform: whose compiler the products are written for, see `Dense`.
     """
 
+    width: int
     heads: int
+    norm: nn.LayerNorm | None = None
     attn_drop_rate: float = 0.0
     drop_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
     implementation: str = "xla"
     platform: str = "cpu"
 
-    @nn.compact
+    def setup(self) -> None:
+        """Create the layers."""
+        self.qkv = Dense(self.width, 3 * self.width, self.dtype, self.platform)
+        self.proj = Dense(self.width, self.width, self.dtype, self.platform)
+        self.attn_drop = nn.Dropout(self.attn_drop_rate)
+        self.proj_drop = nn.Dropout(self.drop_rate)
+
     def __call__(
         self, x: jax.Array, groups: int, permutation: jax.Array | None, train: bool, gain: jax.Array | None = None
     ) -> jax.Array:
@@ -53,20 +62,25 @@ class SlicedAttention(nn.Module):
         Returns:
           (b, n, c) in `dtype`.
         """
-        width = x.shape[-1]
-        if permutation is not None:
-            x = permute_tokens(x, permutation)
-        qkv = checkpoint_name(Dense(3 * width, self.dtype, self.platform, name="qkv")(x), "qkv")
-        if train and self.attn_drop_rate > 0:
-            dropout = nn.Dropout(self.attn_drop_rate, deterministic=False)
-            x = _attend_whole(qkv, self.heads, groups, dropout)
-        else:
-            x = IMPLEMENTATIONS[self.implementation](qkv, self.heads, groups)
-        x = checkpoint_name(x, "attention")
+
+        def project(layer: SlicedAttention, x: jax.Array) -> jax.Array:
+            if layer.norm is not None:
+                x = layer.norm(x)
+            if permutation is not None:
+                x = permute_tokens(x, permutation)
+            return layer.qkv.multiply(x)
+
+        def attended(layer: SlicedAttention, y: jax.Array) -> jax.Array:
+            qkv = layer.qkv.add_bias(y)
+            if train and self.attn_drop_rate > 0:
+                return _attend_whole(qkv, self.heads, groups, functools.partial(layer.attn_drop, deterministic=False))
+            return IMPLEMENTATIONS[self.implementation](qkv, self.heads, groups)
+
+        y = recomputed_on_cpus(project, self.platform)(self, x)
+        x = recomputed_on_cpus(attended, self.platform)(self, y)
         if permutation is not None:
             x = permute_tokens(x, jnp.argsort(permutation))
-        x = Dense(width, self.dtype, self.platform, name="proj")(x, gain)
-        return nn.Dropout(self.drop_rate, deterministic=not train)(x)
+        return self.proj_drop(self.proj(x, gain), deterministic=not train)
 
 
 def attend(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 Initializer = Callable[..., jax.Array]
@@ -32,29 +31,48 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
 
 
 class Dense(nn.Module):
-    """A linear layer with PyTorch's initialisation, as `nn.Dense` names its parameters."""
+    """A linear layer with PyTorch's initialisation, as `nn.Dense` names it: (..., width) -> (..., features).
 
+    A gain, a float32 scalar that the output is multiplied with, goes into kernel and bias: multiplying the output would
+    take another pass over it in both directions, and its gradient would need the output again.
+    """
+
+    width: int
     features: int
     dtype: DTypeLike = jnp.float32
     platform: str = "cpu"
 
-    @nn.compact
-    def __call__(self, x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
-        """(..., c) -> (..., features) in `dtype`, multiplied with `gain`, a float32 scalar, if there is one.
+    def setup(self) -> None:
+        """Create the parameters, float32."""
+        self.kernel = self.param("kernel", kernel_init, (self.width, self.features), jnp.float32)
+        self.bias = self.param("bias", bias_init(self.width), (self.features,), jnp.float32)
 
-        The gain goes into kernel and bias: multiplying the output would take another pass over it in both directions,
-        and its gradient would need the output again.
-        """
-        width = x.shape[-1]
-        kernel = self.param("kernel", kernel_init, (width, self.features), jnp.float32)
-        bias = self.param("bias", bias_init(width), (self.features,), jnp.float32)
-        if gain is not None:
-            kernel, bias = gain * kernel, gain * bias
+    def __call__(self, x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
+        """The layer's output, in `dtype`."""
+        return self.add_bias(self.multiply(x, gain), gain)
+
+    def multiply(self, x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
+        """The output without the bias, for whoever keeps it and adds the bias in passing."""
+        kernel = self.kernel if gain is None else gain * self.kernel
         shape = x.shape[:-1]
         if self.platform == "cpu":  # whose XLA transposes arrays of more than two axes for the kernel's gradient
-            x = x.reshape(-1, width)
+            x = x.reshape(-1, self.width)
         y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), precision=matmul_precision(self.dtype))
-        return (y + bias.astype(self.dtype)).reshape(*shape, self.features)
+        return y.reshape(*shape, self.features)
+
+    def add_bias(self, y: jax.Array, gain: jax.Array | None = None) -> jax.Array:
+        """What `multiply` leaves out."""
+        bias = self.bias if gain is None else gain * self.bias
+        return y + bias.astype(self.dtype)
+
+
+def recomputed_on_cpus(apply: Callable[..., jax.Array], platform: str) -> Callable[..., jax.Array]:
+    """`apply`, of a module and arrays, of which CPUs keep these alone for the backward pass.
+
+    It computes the rest again, but no product of which only the factors are needed. What is kept lies in pages fresh
+    from the system, which cost more than a norm. On TPUs, that of a norm is cheaper kept.
+    """
+    return nn.remat(apply) if platform == "cpu" else apply
 
 
 def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
@@ -77,6 +95,7 @@ def unit_coefficients(module: nn.Module, count: int) -> jax.Array:
     return module.param("coefficients", nn.initializers.ones, (count,), jnp.float32)
 
 
+@jax.checkpoint  # else a broadcast of `keep` may be written out and kept
 def residual(keep: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """`keep * x + y` in x's dtype: the learnable residual connection, whose other coefficient is in y already."""
     return keep.astype(x.dtype) * x + y
@@ -265,22 +284,36 @@ def _convolve_slices(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class MLP(nn.Module):
-    """Linear, exact GELU, linear, with dropout behind both: (..., width) -> (..., width)."""
+    """Linear, exact GELU, linear, with dropout behind both: (..., width) -> (..., width).
 
+    `norm` comes first, if there is one. For the backward pass, the first product is kept, and the GELU computed again.
+    """
+
+    width: int
     hidden: int
+    norm: nn.LayerNorm | None = None
     drop_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
     platform: str = "cpu"
 
-    @nn.compact
+    def setup(self) -> None:
+        """Create the layers."""
+        self.fc1 = Dense(self.width, self.hidden, self.dtype, self.platform)
+        self.fc2 = Dense(self.hidden, self.width, self.dtype, self.platform)
+        self.drop1, self.drop2 = nn.Dropout(self.drop_rate), nn.Dropout(self.drop_rate)
+
     def __call__(self, x: jax.Array, train: bool, gain: jax.Array | None = None) -> jax.Array:
         """See the class; the output is multiplied with `gain`, a scalar, if there is one."""
-        width = x.shape[-1]
-        x = checkpoint_name(Dense(self.hidden, self.dtype, self.platform, name="fc1")(x), "hidden")
-        x = jax.checkpoint(gelu)(x)  # a pass over x costs less than keeping what its gradient needs
-        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
-        x = Dense(width, self.dtype, self.platform, name="fc2")(x, gain)
-        return nn.Dropout(self.drop_rate, deterministic=not train)(x)
+
+        def expand(mlp: MLP, x: jax.Array) -> jax.Array:
+            return mlp.fc1.multiply(x if mlp.norm is None else mlp.norm(x))
+
+        def contract(mlp: MLP, y: jax.Array) -> jax.Array:
+            y = mlp.drop1(gelu(mlp.fc1.add_bias(y)), deterministic=not train)
+            return mlp.fc2(y, gain)
+
+        y = nn.remat(contract)(self, recomputed_on_cpus(expand, self.platform)(self, x))
+        return self.drop2(y, deterministic=not train)
 
 
 class NonLinearProjection(nn.Module):
@@ -298,9 +331,10 @@ class NonLinearProjection(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Tokens (b, n, c) -> (b, n, c)."""
         keep, add = unit_coefficients(self, 2)
-        hidden = int(x.shape[-1] * self.mlp_ratio)
-        mlp = MLP(hidden, self.drop_rate, self.dtype, self.platform, name="mlp")
-        return residual(keep, x, mlp(layer_norm(self.dtype, "norm")(x), train, gain=add))
+        width, norm = x.shape[-1], layer_norm(self.dtype, "norm")
+        hidden = int(width * self.mlp_ratio)
+        mlp = MLP(width, hidden, norm, self.drop_rate, self.dtype, self.platform, name="mlp")
+        return residual(keep, x, mlp(x, train, gain=add))
 
 
 def draw_branch_scales(key: jax.Array, rate: jax.Array | float, shape: tuple[int, ...]) -> jax.Array:

@@ -6,7 +6,6 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from sret_jax.models.attention import SlicedAttention
@@ -18,10 +17,6 @@ from sret_jax.models.layers import (
     residual,
     unit_coefficients,
 )
-
-# What the backward pass does not compute again on CPUs: results of products, and what they and norms are added to.
-# On TPUs, JAX's marks around what is kept cost more copies than this saves.
-_PRODUCTS = jax.checkpoint_policies.save_only_these_names("qkv", "attention", "hidden", "residual")
 
 
 class TransformerBlock(nn.Module):
@@ -48,15 +43,23 @@ class TransformerBlock(nn.Module):
         def scaled(y: jax.Array, branch: int) -> jax.Array:
             return y if scales is None else (y * scales[branch, :, None, None]).astype(y.dtype)
 
+        width = x.shape[-1]
         c1, c2, c3, c4 = unit_coefficients(self, 4)
         attention = SlicedAttention(
-            self.heads, self.attn_drop_rate, self.drop_rate, self.dtype, self.attention, self.platform, name="attn"
+            width,
+            self.heads,
+            layer_norm(self.dtype, "norm1"),
+            self.attn_drop_rate,
+            self.drop_rate,
+            self.dtype,
+            self.attention,
+            self.platform,
+            name="attn",
         )
-        y = attention(layer_norm(self.dtype, "norm1")(x), groups, permutation, train, gain=c2)
-        x = checkpoint_name(_apart(residual(c1, x, scaled(y, 0)), self.platform), "residual")
-        mlp = MLP(int(x.shape[-1] * self.mlp_ratio), self.drop_rate, self.dtype, self.platform, name="mlp")
-        y = mlp(layer_norm(self.dtype, "norm2")(x), train, gain=c4)
-        return checkpoint_name(_apart(residual(c3, x, scaled(y, 1)), self.platform), "residual")
+        x = _apart(residual(c1, x, scaled(attention(x, groups, permutation, train, gain=c2), 0)), self.platform)
+        hidden = int(width * self.mlp_ratio)
+        mlp = MLP(width, hidden, layer_norm(self.dtype, "norm2"), self.drop_rate, self.dtype, self.platform, name="mlp")
+        return _apart(residual(c3, x, scaled(mlp(x, train, gain=c4), 1)), self.platform)
 
 
 def _apart(x: jax.Array, platform: str) -> jax.Array:
@@ -143,9 +146,7 @@ class RecursiveBlock(nn.Module):
             x = block(module.block, x, groups, permutation, branch_scales, train)
             return _apart(module._apply_nll(nll, x, train), module.platform)
 
-        if self.is_initializing() or not (self.remat or self.platform == "cpu"):
-            return apply
-        return nn.remat(apply, policy=None if self.remat else _PRODUCTS)
+        return nn.remat(apply) if self.remat and not self.is_initializing() else apply
 
     def _block_as_its_own(self, unshared: jax.Array) -> Callable[..., jax.Array]:
         """The block as a function of its module and arguments; on CPUs with vectors that XLA takes for unshared.

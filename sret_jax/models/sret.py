@@ -139,7 +139,7 @@ class SReT(nn.Module):
         self.pools = [Pool(features, self.dtype, platform) for features in self.widths[1:]]
         self.norm = layer_norm(jnp.float32)
         if self.num_classes:
-            self.head = Dense(self.num_classes, jnp.float32, platform)
+            self.head = Dense(self.widths[-1], self.num_classes, jnp.float32, platform)
 
     def __call__(
         self, images: jax.Array, *, train: bool = False, permutations: Permutations | None = None

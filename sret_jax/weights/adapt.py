@@ -112,5 +112,5 @@ def _cubic_convolution(length: int, size: int) -> np.ndarray:
 
 def _fresh_head(model: SReT) -> Any:
     width = model.widths[-1]
-    head = Dense(model.num_classes)
+    head = Dense(width, model.num_classes)
     return head.init(jax.random.key(0), jnp.zeros((1, width)))["params"]

@@ -97,7 +97,7 @@ def _has_kernels(**fields: str) -> bool:
 
 def test_dropout_on_attention_weights_is_computed_by_products_whatever_the_implementation() -> None:
     x = _qkv(2, 8, 2)
-    layer = SlicedAttention(2, attn_drop_rate=0.5, implementation="pallas")
+    layer = SlicedAttention(6, 2, attn_drop_rate=0.5, implementation="pallas")
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     y, _ = layer.init_with_output(rngs, x, 2, None, True)
     assert np.isfinite(y).all()

@@ -184,7 +184,7 @@ def test_the_stems_channels_are_padded_on_cpus_where_few_are_missing(
 
 @pytest.mark.parametrize(("platform", "axes"), [("cpu", 2), ("gpu", 3), ("tpu", 3)])
 def test_dense_layers_take_tokens_as_rows_on_cpus_alone(platform: str, axes: int) -> None:
-    dense, x = Dense(4, platform=platform), np.zeros((2, 5, 3), np.float32)
+    dense, x = Dense(3, 4, platform=platform), np.zeros((2, 5, 3), np.float32)
     variables = jax.eval_shape(lambda: dense.init(jax.random.key(0), x))
     (product,) = (e for e, _ in operations(dense.apply, variables, x) if e.primitive.name == "dot_general")
     assert product.invars[0].aval.ndim == axes
@@ -203,7 +203,9 @@ def test_sliced_attention_equals_a_loop_over_groups_and_heads(groups: int, permu
     order = np.roll(np.random.RandomState(5).permutation(tokens), 1) if permuted else np.arange(tokens)
     assert permuted == (not np.array_equal(order[order], np.arange(tokens)))
 
-    y = SlicedAttention(heads).apply({"params": params}, x, groups, jnp.asarray(order) if permuted else None, False)
+    y = SlicedAttention(width, heads).apply(
+        {"params": params}, x, groups, jnp.asarray(order) if permuted else None, False
+    )
 
     attended = numpy_sret.attention(
         x.astype(np.float64), params["qkv"]["kernel"].T, params["qkv"]["bias"], heads, groups, order
@@ -215,7 +217,7 @@ def test_sliced_attention_equals_a_loop_over_groups_and_heads(groups: int, permu
 def test_sliced_attention_mixes_tokens_within_groups_only() -> None:
     # Derivative of every token's output by every token's input, groups of three in a shuffled order.
     tokens, order = 6, np.array([4, 0, 3, 1, 5, 2])
-    attention = SlicedAttention(heads=1)
+    attention = SlicedAttention(width=4, heads=1)
     params = {
         "qkv": {"kernel": _normal(4, 12, seed=1), "bias": _normal(12, seed=2)},
         "proj": {"kernel": _normal(4, 4, seed=3), "bias": _normal(4, seed=4)},
@@ -236,7 +238,7 @@ def test_attention_dropout_drops_weights_and_scales_the_rest() -> None:
         "qkv": {"kernel": kernel, "bias": np.zeros(12, np.float32)},
         "proj": {"kernel": np.eye(4, dtype=np.float32), "bias": np.zeros(4, np.float32)},
     }
-    attention = SlicedAttention(heads=2, attn_drop_rate=rate)
+    attention = SlicedAttention(width=4, heads=2, attn_drop_rate=rate)
     y = attention.apply({"params": params}, x, 16, None, True, rngs={"dropout": jax.random.key(0)})
 
     by_head = np.asarray(y).reshape(64, 16, 2, 2)
@@ -249,7 +251,7 @@ def test_attention_dropout_drops_weights_and_scales_the_rest() -> None:
 
 def test_output_dropout_of_attention_drops_elements_and_scales_the_rest() -> None:
     x, rate = _normal(8, 16, 8), 0.25
-    attention = SlicedAttention(heads=2, drop_rate=rate)
+    attention = SlicedAttention(width=8, heads=2, drop_rate=rate)
     variables = attention.init(jax.random.key(0), x, 1, None, False)
     kept = np.asarray(attention.apply(variables, x, 1, None, False))
     y = np.asarray(attention.apply(variables, x, 1, None, True, rngs={"dropout": jax.random.key(1)}))
@@ -302,7 +304,7 @@ def test_layer_norm_of_bfloat16_takes_statistics_in_float32() -> None:
 def test_mlp_uses_the_exact_gelu() -> None:
     x = np.linspace(-4, 4, 33, dtype=np.float32)[:, None]
     one = {"kernel": np.ones((1, 1), np.float32), "bias": np.zeros(1, np.float32)}
-    y = MLP(hidden=1).apply({"params": {"fc1": one, "fc2": one}}, x, train=False)
+    y = MLP(width=1, hidden=1).apply({"params": {"fc1": one, "fc2": one}}, x, train=False)
     expected = [v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x[:, 0].tolist()]
     # Rounding of float32; the tanh approximation is wrong by up to 5e-4.
     np.testing.assert_allclose(y[:, 0], expected, rtol=1e-5, atol=1e-6)
@@ -314,7 +316,7 @@ def test_mlp_equals_numpy() -> None:
         "fc1": {"kernel": _normal(4, 6, seed=1), "bias": _normal(6, seed=2)},
         "fc2": {"kernel": _normal(6, 4, seed=3), "bias": _normal(4, seed=4)},
     }
-    y = MLP(hidden=6).apply({"params": params}, x, train=False)
+    y = MLP(width=4, hidden=6).apply({"params": params}, x, train=False)
     # rounding of float32 in sums of six products
     np.testing.assert_allclose(y, numpy_sret.mlp(_official_mlp(params), x.astype(np.float64)), rtol=1e-5, atol=1e-5)
 
@@ -324,11 +326,11 @@ def test_mlp_drops_hidden_units_and_outputs() -> None:
     x, rate = np.full((512, 4), 10, np.float32), 0.5
     identity = {"kernel": np.eye(4, dtype=np.float32), "bias": np.zeros(4, np.float32)}
     variables = {"params": {"fc1": identity, "fc2": identity}}
-    y = MLP(4, drop_rate=rate).apply(variables, x, train=True, rngs={"dropout": jax.random.key(0)})
+    y = MLP(4, 4, drop_rate=rate).apply(variables, x, train=True, rngs={"dropout": jax.random.key(0)})
     np.testing.assert_allclose(np.unique(y), [0, 40], rtol=1e-5)  # rounding of float32
     # Both must keep it: probability 1/4. Four standard deviations of 2048 draws: 4 · sqrt(0.25 · 0.75 / 2048).
     assert abs((np.asarray(y) > 0).mean() - 0.25) < 0.039
-    np.testing.assert_allclose(MLP(4, drop_rate=rate).apply(variables, x, train=False), x, rtol=1e-6)
+    np.testing.assert_allclose(MLP(4, 4, drop_rate=rate).apply(variables, x, train=False), x, rtol=1e-6)
 
 
 def test_non_linear_projection_weighs_its_input_and_its_mlp() -> None:
@@ -368,7 +370,7 @@ def test_gelu_is_the_exact_one_and_so_is_its_gradient() -> None:
 
 
 def test_a_dense_layers_gain_multiplies_its_output_and_learns() -> None:
-    x, layer = _normal(2, 3, 4), layers.Dense(5)
+    x, layer = _normal(2, 3, 4), layers.Dense(4, 5)
     params = layer.init(jax.random.key(0), x)
     np.testing.assert_allclose(layer.apply(params, x, 0.7), 0.7 * layer.apply(params, x), rtol=1e-5, atol=1e-6)
     gradient = jax.grad(lambda gain: layer.apply(params, x, gain).sum())(0.7)
