@@ -308,13 +308,13 @@ class MLP(nn.Module):
         def expand(mlp: MLP, x: jax.Array) -> jax.Array:
             return mlp.fc1.multiply(x if mlp.norm is None else mlp.norm(x))
 
-        def activate(y: jax.Array, bias: jax.Array) -> jax.Array:
-            return gelu(y + bias.astype(y.dtype))
+        def activate(mlp: MLP, y: jax.Array) -> jax.Array:
+            return gelu(mlp.fc1.add_bias(y))
 
         def contract(mlp: MLP, y: jax.Array) -> jax.Array:
             # XLA's CPU backend would write erf out for its two readers in the backward pass. Twice computed is faster.
-            activated = (jax.checkpoint(activate) if self.platform == "cpu" else activate)(y, mlp.fc1.bias)
-            return mlp.fc2(mlp.drop1(activated, deterministic=not train), gain)
+            y = recomputed_on_cpus(activate, self.platform)(mlp, y)
+            return mlp.fc2(mlp.drop1(y, deterministic=not train), gain)
 
         y = nn.remat(contract)(self, recomputed_on_cpus(expand, self.platform)(self, x))
         return self.drop2(y, deterministic=not train)
