@@ -164,7 +164,7 @@ IMPLEMENTATIONS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
 same, a few slices at a time, for CPUs; "pallas": a fused kernel for TPUs; "cudnn": NVIDIA's, for bfloat16 on GPUs."""
 
 
-def fastest_attention(platform: str) -> str:
+def fastest(platform: str) -> str:
     """The key of `IMPLEMENTATIONS` that is fastest on devices of a platform, "cpu", "gpu" or "tpu"."""
     return {"cpu": "pieces", "tpu": "pallas"}.get(platform, "xla")
 

@@ -14,19 +14,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
 
-from sret_jax.models.layers import matmul_precision
+from sret_jax.models.tpu_kernels import (
+    LANES,
+    ROWS,
+    VMEM_BYTES,
+    for_each_tile,
+    image_block,
+    images_in_program,
+    largest_divisor,
+    moved_bytes,
+    on_each_device,
+    product,
+)
 
-_LANES = 128  # of a TPU's registers, and the side of its matrix unit
-_ROWS = 16  # of bfloat16 in a register
-
-# Of what a program holds of its images; everything is held twice, while the next images are on their way.
-_BLOCK_BYTES = 2 << 20
 # Of the float32 scores of some queries with all keys; a few arrays of this size are held at a time.
 _SCORES_BYTES = 2 << 20
 _MOST_QUERIES = 256
-_VMEM_BYTES = 64 << 20
 # Code is written out for each run of an image. Where there are more, each becomes an image of its own, which may cost
 # a copy; so do long ones that do not start with a register, because a loop over their queries needs to know.
 _MOST_RUNS = 16
@@ -49,17 +53,12 @@ def fused_attention(qkv: jax.Array, heads: int, groups: int, *, interpret: bool 
     """
     batch, tokens, features = qkv.shape
     slice_tokens = tokens // groups
-    run = slice_tokens * _most(groups, _LANES // slice_tokens)
+    run = slice_tokens * largest_divisor(groups, LANES // slice_tokens)
     plan = _Plan(heads, slice_tokens, run, features // 3, interpret)
     runs = tokens // run
-    if runs > _MOST_RUNS or (run // plan.queries > 1 and run % _ROWS):
+    if runs > _MOST_RUNS or (run // plan.queries > 1 and run % ROWS):
         return _attention(qkv.reshape(batch * runs, run, features), plan).reshape(batch, tokens, features // 3)
     return _attention(qkv, plan)
-
-
-def _most(count: int, limit: int) -> int:
-    """The largest divisor of `count` up to `limit`, at least 1."""
-    return max(k for k in range(1, count + 1) if count % k == 0 and (k == 1 or k <= limit))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +88,15 @@ class _Plan:
         not, and the matrix unit takes no longer.
         """
         head_width = self.width // self.heads
-        return head_width * _most(self.heads, _LANES // head_width)
+        return head_width * largest_divisor(self.heads, LANES // head_width)
 
     @property
     def queries(self) -> int:
         """Queries whose scores are computed together."""
         if self.run <= _MOST_QUERIES:
             return self.run
-        fitting = _SCORES_BYTES // (4 * self.run) // _ROWS * _ROWS
-        return min(max(fitting, _ROWS), _MOST_QUERIES)
+        fitting = _SCORES_BYTES // (4 * self.run) // ROWS * ROWS
+        return min(max(fitting, ROWS), _MOST_QUERIES)
 
     @property
     def scale(self) -> float:
@@ -143,17 +142,6 @@ def _weights(scores: jax.Array, masked: jax.Array | None, scale: float) -> jax.A
     return weights / weights.sum(0, keepdims=True)
 
 
-def _product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """A product of matrices over one axis of each, float32."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((contracted[0],), (contracted[1],)), ((), ())),
-        precision=matmul_precision(a.dtype),
-        preferred_element_type=jnp.float32,
-    )
-
-
 def _for_each_chunk(plan: _Plan, images: int, tokens: int, do: Callable[[Any, int, int], None]) -> None:
     """`do(image, first token, first channel)` for every chunk of every run of every image."""
 
@@ -163,20 +151,6 @@ def _for_each_chunk(plan: _Plan, images: int, tokens: int, do: Callable[[Any, in
                 do(image, start, channel)
 
     jax.lax.fori_loop(0, images, one_image, None)
-
-
-def _for_each_tile(plan: _Plan, start: int, do: Callable[[Any, int], None]) -> None:
-    """`do(first query, queries)` for all queries of the run that starts at `start`."""
-    from jax.experimental import pallas as pl
-
-    size = plan.queries
-    whole, rest = divmod(plan.run, size)
-    if whole > 1:
-        jax.lax.fori_loop(0, whole, lambda i, _: do(pl.multiple_of(start + i * size, _ROWS), size), None)
-    else:
-        do(start, size)
-    if rest:
-        do(start + whole * size, rest)
 
 
 def _forward_kernel(plan: _Plan, qkv_ref: Any, out_ref: Any) -> None:
@@ -195,11 +169,11 @@ def _forward_kernel(plan: _Plan, qkv_ref: Any, out_ref: Any) -> None:
             query = qkv_ref[at(0, first, count)]
             total = jnp.zeros((count, plan.chunk), jnp.float32)
             for key, value in zip(keys, values, strict=True):
-                weights = _weights(_product(key, query, (1, 1)), masked, plan.scale)
-                total += _product(weights.astype(value.dtype), value, (0, 0))
+                weights = _weights(product(key, query, (1, 1)), masked, plan.scale)
+                total += product(weights.astype(value.dtype), value, (0, 0))
             out_ref[at(0, first, count)] = total.astype(out_ref.dtype)
 
-        _for_each_tile(plan, start, tile)
+        for_each_tile(start, plan.run, plan.queries, tile)
 
     images, tokens, _ = qkv_ref.shape
     _for_each_chunk(plan, images, tokens, chunk)
@@ -233,13 +207,13 @@ def _backward_kernel(plan: _Plan, qkv_ref: Any, grad_ref: Any, out_ref: Any, *su
             key_grad = jnp.zeros((plan.run, plan.chunk), jnp.float32)
             value_grad = jnp.zeros((plan.run, plan.chunk), jnp.float32)
             for key, value, mask in zip(keys, values, masks, strict=True):
-                weights = _weights(_product(key, query, (1, 1)), masked, plan.scale)
-                weights_grad = _product(value, grad, (1, 1))
+                weights = _weights(product(key, query, (1, 1)), masked, plan.scale)
+                weights_grad = product(value, grad, (1, 1))
                 mean = (weights * weights_grad).sum(0, keepdims=True)
                 scores_grad = (weights * (weights_grad - mean)).astype(dtype)
-                query_grad += _product(scores_grad, key, (0, 0))
-                key_grad += _product(scores_grad, _masked(query, mask), (1, 0))
-                value_grad += _product(weights.astype(dtype), _masked(grad, mask), (1, 0))
+                query_grad += product(scores_grad, key, (0, 0))
+                key_grad += product(scores_grad, _masked(query, mask), (1, 0))
+                value_grad += product(weights.astype(dtype), _masked(grad, mask), (1, 0))
             out_ref[at(0, first, count)] = (query_grad * plan.scale).astype(dtype)
             if sums:
                 sums[0][...] += key_grad
@@ -247,7 +221,7 @@ def _backward_kernel(plan: _Plan, qkv_ref: Any, grad_ref: Any, out_ref: Any, *su
             else:
                 write(key_grad, value_grad)
 
-        _for_each_tile(plan, start, tile)
+        for_each_tile(start, plan.run, plan.queries, tile)
         if sums:
             write(sums[0][...], sums[1][...])
 
@@ -256,19 +230,19 @@ def _backward_kernel(plan: _Plan, qkv_ref: Any, grad_ref: Any, out_ref: Any, *su
 
 
 def _call(plan: _Plan, backward: bool, *arrays: jax.Array) -> jax.Array:
-    """One of the kernels on a whole batch, or on one device's part of it."""
+    """One of the kernels."""
+    return on_each_device(lambda *arrays: (_call_here(plan, backward, *arrays), ()), arrays)[0]
+
+
+def _call_here(plan: _Plan, backward: bool, *arrays: jax.Array) -> jax.Array:
+    """One of the kernels on one device's part of the batch."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
     batch, tokens, _ = arrays[0].shape
     out = jax.ShapeDtypeStruct((batch, tokens, (3 if backward else 1) * plan.width), arrays[0].dtype)
     everything: tuple[jax.Array | jax.ShapeDtypeStruct, ...] = (*arrays, out)
-    lane_bytes = sum(-(-array.shape[2] // _LANES) * _LANES for array in everything) * out.dtype.itemsize
-    images = _most(batch, _BLOCK_BYTES // (lane_bytes * tokens))
-
-    def block(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-        return pl.BlockSpec((images, *array.shape[1:]), lambda i: (i, 0, 0))
-
+    images = images_in_program(everything)
     tiled = plan.queries < plan.run
     sums = [pltpu.VMEM((plan.run, plan.chunk), jnp.float32)] * 2 if backward and tiled else []
     scores = batch * plan.heads * tokens * plan.run
@@ -276,46 +250,23 @@ def _call(plan: _Plan, backward: bool, *arrays: jax.Array) -> jax.Array:
         functools.partial(_backward_kernel if backward else _forward_kernel, plan),
         out_shape=out,
         grid=(batch // images,),
-        in_specs=[block(array) for array in arrays],
-        out_specs=block(out),
+        in_specs=[image_block(array, images) for array in arrays],
+        out_specs=image_block(out, images),
         scratch_shapes=sums,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
         cost_estimate=pl.CostEstimate(
             flops=2 * (5 if backward else 2) * scores * plan.chunk,
             transcendentals=scores,
-            bytes_accessed=sum(math.prod(array.shape) * array.dtype.itemsize for array in everything),
+            bytes_accessed=moved_bytes(everything),
         ),
         interpret=plan.interpret,
         name=f"sliced_attention_{'backward' if backward else 'forward'}",
     )(*arrays)
 
 
-def _on_each_device(plan: _Plan, backward: bool, *arrays: jax.Array) -> jax.Array:
-    """`_call`, of which each device computes its part of the batch: XLA does not know how to split a kernel.
-
-    The mesh comes with the arrays. Which of its axes split them does not, where the compiler decides (`AxisType.Auto`):
-    taken for granted are all whose product divides the batch, from the first on.
-    """
-    call = functools.partial(_call, plan, backward)
-    mesh = jax.typeof(arrays[0]).sharding.mesh
-    free = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual]
-    if not free:
-        return call(*arrays)
-    axes: list[str] = []
-    left = arrays[0].shape[0]
-    for axis in free:
-        if left % mesh.shape[axis] == 0:
-            axes.append(axis)
-            left //= mesh.shape[axis]
-    split = PartitionSpec(tuple(axes))
-    return jax.shard_map(call, mesh=mesh, in_specs=split, out_specs=split, axis_names=set(free), check_vma=False)(
-        *arrays
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _attention(qkv: jax.Array, plan: _Plan) -> jax.Array:
-    return _on_each_device(plan, False, qkv)
+    return _call(plan, False, qkv)
 
 
 def _attention_forward(qkv: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
@@ -323,7 +274,7 @@ def _attention_forward(qkv: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Arra
 
 
 def _attention_backward(plan: _Plan, qkv: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
-    return (_on_each_device(plan, True, qkv, grad),)
+    return (_call(plan, True, qkv, grad),)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

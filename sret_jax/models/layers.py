@@ -1,4 +1,4 @@
-"""The small parts of the network: convolutions, dense layers, normalisation, MLP, stochastic depth."""
+"""The small parts of the network: convolutions, dense layers, normalisation, residual connections, stochastic depth."""
 
 import itertools
 import math
@@ -80,24 +80,19 @@ def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, x Φ(x), computed in float32, of any shape, in x's dtype.
-
-    As the original computes it, by erf; `jax.nn.gelu` takes erfc, which is exact to the last digit for large negative
-    x too, and takes several times as many operations.
-    """
-    wide = x.astype(jnp.float32)
-    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
-
-
 def unit_coefficients(module: nn.Module, count: int) -> jax.Array:
     """The learnable residual coefficients of a layer, (count,) float32, starting at 1 (paper, section 3.3)."""
     return module.param("coefficients", nn.initializers.ones, (count,), jnp.float32)
 
 
 @jax.checkpoint  # else a broadcast of `keep` may be written out and kept
-def residual(keep: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`keep * x + y` in x's dtype: the learnable residual connection, whose other coefficient is in y already."""
+def residual(keep: jax.Array, x: jax.Array, scales: jax.Array | None, y: jax.Array) -> jax.Array:
+    """keep · x + scales · y in x's dtype: the learnable residual connection, whose other coefficient is in y already.
+
+    x and y are (b, n, c), `scales`, float32 (b,), those of stochastic depth, None for none.
+    """
+    if scales is not None:
+        y = (y * scales[:, None, None]).astype(y.dtype)
     return keep.astype(x.dtype) * x + y
 
 
@@ -281,64 +276,6 @@ def _convolve_slices(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # One sum for each m: with m as an axis of the factors, all nine are written out as often as there are m.
     sums = [sum(map(jnp.multiply, shifted, weights[..., m])) for m in range(weights.shape[-1])]
     return jnp.stack(sums, axis=-1).reshape(batch, out_height, out_width, -1)
-
-
-class MLP(nn.Module):
-    """Linear, exact GELU, linear, with dropout behind both: (..., width) -> (..., width).
-
-    `norm` comes first, if there is one. For the backward pass, the first product is kept, and the GELU computed again.
-    """
-
-    width: int
-    hidden: int
-    norm: nn.LayerNorm | None = None
-    drop_rate: float = 0.0
-    dtype: DTypeLike = jnp.float32
-    platform: str = "cpu"
-
-    def setup(self) -> None:
-        """Create the layers."""
-        self.fc1 = Dense(self.width, self.hidden, self.dtype, self.platform)
-        self.fc2 = Dense(self.hidden, self.width, self.dtype, self.platform)
-        self.drop1, self.drop2 = nn.Dropout(self.drop_rate), nn.Dropout(self.drop_rate)
-
-    def __call__(self, x: jax.Array, train: bool, gain: jax.Array | None = None) -> jax.Array:
-        """See the class; the output is multiplied with `gain`, a scalar, if there is one."""
-
-        def expand(mlp: MLP, x: jax.Array) -> jax.Array:
-            return mlp.fc1.multiply(x if mlp.norm is None else mlp.norm(x))
-
-        def activate(mlp: MLP, y: jax.Array) -> jax.Array:
-            return gelu(mlp.fc1.add_bias(y))
-
-        def contract(mlp: MLP, y: jax.Array) -> jax.Array:
-            # XLA's CPU backend would write erf out for its two readers in the backward pass. Twice computed is faster.
-            y = recomputed_on_cpus(activate, self.platform)(mlp, y)
-            return mlp.fc2(mlp.drop1(y, deterministic=not train), gain)
-
-        y = nn.remat(contract)(self, recomputed_on_cpus(expand, self.platform)(self, x))
-        return self.drop2(y, deterministic=not train)
-
-
-class NonLinearProjection(nn.Module):
-    """The non-linear projection layer (NLL) behind every application of a block: x = c1·x + c2·mlp(norm(x)).
-
-    Never shared: it is what makes each application of a shared block differ (paper, section 3.3).
-    """
-
-    mlp_ratio: float
-    drop_rate: float = 0.0
-    dtype: DTypeLike = jnp.float32
-    platform: str = "cpu"
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Tokens (b, n, c) -> (b, n, c)."""
-        keep, add = unit_coefficients(self, 2)
-        width, norm = x.shape[-1], layer_norm(self.dtype, "norm")
-        hidden = int(width * self.mlp_ratio)
-        mlp = MLP(width, hidden, norm, self.drop_rate, self.dtype, self.platform, name="mlp")
-        return residual(keep, x, mlp(x, train, gain=add))
 
 
 def draw_branch_scales(key: jax.Array, rate: jax.Array | float, shape: tuple[int, ...]) -> jax.Array:

@@ -9,14 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sret_jax.models.attention import SlicedAttention
-from sret_jax.models.layers import (
-    MLP,
-    NonLinearProjection,
-    draw_branch_scales,
-    layer_norm,
-    residual,
-    unit_coefficients,
-)
+from sret_jax.models.layers import draw_branch_scales, layer_norm, residual, unit_coefficients
+from sret_jax.models.mlp import MLP, NonLinearProjection
 
 
 class TransformerBlock(nn.Module):
@@ -28,6 +22,7 @@ class TransformerBlock(nn.Module):
     attn_drop_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
     attention: str = "xla"
+    mlp: str = "xla"
     platform: str = "cpu"
 
     @nn.compact
@@ -39,9 +34,6 @@ class TransformerBlock(nn.Module):
         `scales`, float32 (2, b), are those of stochastic depth, for the attention and for the MLP; None for none. See
         `SlicedAttention` for `groups` and `permutation`.
         """
-
-        def scaled(y: jax.Array, branch: int) -> jax.Array:
-            return y if scales is None else (y * scales[branch, :, None, None]).astype(y.dtype)
 
         width = x.shape[-1]
         c1, c2, c3, c4 = unit_coefficients(self, 4)
@@ -56,10 +48,20 @@ class TransformerBlock(nn.Module):
             self.platform,
             name="attn",
         )
-        x = _apart(residual(c1, x, scaled(attention(x, groups, permutation, train, gain=c2), 0)), self.platform)
-        hidden = int(width * self.mlp_ratio)
-        mlp = MLP(width, hidden, layer_norm(self.dtype, "norm2"), self.drop_rate, self.dtype, self.platform, name="mlp")
-        return _apart(residual(c3, x, scaled(mlp(x, train, gain=c4), 1)), self.platform)
+        mlp = MLP(
+            width,
+            int(width * self.mlp_ratio),
+            layer_norm(self.dtype, "norm2"),
+            self.drop_rate,
+            self.dtype,
+            self.mlp,
+            self.platform,
+            name="mlp",
+        )
+        attention_scales, mlp_scales = (None, None) if scales is None else scales
+        y = attention(x, groups, permutation, train, gain=c2)
+        x = _apart(residual(c1, x, attention_scales, y), self.platform)
+        return _apart(mlp(x, c3, c4, mlp_scales, train), self.platform)
 
 
 def _apart(x: jax.Array, platform: str) -> jax.Array:
@@ -88,6 +90,7 @@ class RecursiveBlock(nn.Module):
     attn_drop_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
     attention: str = "xla"
+    mlp: str = "xla"
     platform: str = "cpu"
     remat: bool = False
     unroll: bool = True
@@ -101,6 +104,7 @@ class RecursiveBlock(nn.Module):
             self.attn_drop_rate,
             self.dtype,
             self.attention,
+            self.mlp,
             self.platform,
         )
         self.nlls = self.param("nlls", self._init_nlls)
@@ -167,7 +171,7 @@ class RecursiveBlock(nn.Module):
         return nn.map_variables(call, "params", own)
 
     def _nll(self) -> NonLinearProjection:
-        return NonLinearProjection(self.nll_ratio, self.drop_rate, self.dtype, self.platform, parent=None)
+        return NonLinearProjection(self.nll_ratio, self.drop_rate, self.dtype, self.mlp, self.platform, parent=None)
 
     def _init_nlls(self, key: jax.Array) -> Any:
         tokens = jnp.zeros((1, 1, self.width), self.dtype)
@@ -197,6 +201,7 @@ class Stage(nn.Module):
     attn_drop_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
     attention: str = "xla"
+    mlp: str = "xla"
     platform: str = "cpu"
     remat: bool = False
     unroll: bool | None = True
@@ -229,6 +234,7 @@ class Stage(nn.Module):
             self.attn_drop_rate,
             dtype=self.dtype,
             attention=self.attention,
+            mlp=self.mlp,
             platform=self.platform,
             remat=self.remat,
             unroll=unroll,

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sret_jax.errors import UserError
-from sret_jax.models.attention import IMPLEMENTATIONS, fastest_attention
+from sret_jax.models import attention, mlp
 from sret_jax.models.layers import Dense, Pool, Stem, layer_norm
 from sret_jax.models.recursion import Stage
 
@@ -59,6 +59,9 @@ class SReT(nn.Module):
       attention: "xla", products; "pieces", the same for a few slices at a time; "pallas", a fused kernel for TPUs;
         "cudnn", NVIDIA's, for bfloat16 on GPUs. None is what is fastest on `platform`. Where dropout on attention
         weights is active, they are plain products.
+      mlp: how the blocks' MLPs and the non-linear projection layers are computed: "xla", products; "pallas", a fused
+        kernel for TPUs, with norm and residual connection. None is what is fastest on `platform`. Where dropout in
+        them is active, they are plain products.
       platform: "cpu", "gpu" or "tpu", whose compiler the network is written for; it runs on all. None is JAX's default.
 
     Raises:
@@ -81,6 +84,7 @@ class SReT(nn.Module):
     remat: bool = False
     scan_unroll: bool | None = None
     attention: str | None = None
+    mlp: str | None = None
     platform: str | None = None
 
     def __post_init__(self) -> None:
@@ -109,6 +113,7 @@ class SReT(nn.Module):
             shallow = sum(depth) <= MOST_UNROLLED_APPLICATIONS
             unroll = None if shallow and platform == "cpu" else shallow
         width, size = self.widths[0], self.grid_sizes[0]
+        most_hidden = max(self.mlp_ratio, self.nll_ratio)
 
         self.stem = Stem(width, self.dtype, platform)
         # timm's truncation is at ±2, a hundred standard deviations out.
@@ -129,7 +134,8 @@ class SReT(nn.Module):
                 drop_rate=self.drop_rate,
                 attn_drop_rate=self.attn_drop_rate,
                 dtype=self.dtype,
-                attention=self.attention or fastest_attention(platform),
+                attention=self.attention or attention.fastest(platform),
+                mlp=self.mlp or mlp.fastest(platform, self.widths[s], int(self.widths[s] * most_hidden), self.dtype),
                 platform=platform,
                 remat=self.remat,
                 unroll=unroll,
@@ -306,7 +312,8 @@ def _check_fields(model: SReT) -> None:
     if str(getattr(model.dtype, "__name__", model.dtype)) not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {model.dtype!r}, expected float32 or bfloat16")
     for name, value, known in (
-        ("attention", model.attention, [None, *IMPLEMENTATIONS]),
+        ("attention", model.attention, [None, *attention.IMPLEMENTATIONS]),
+        ("mlp", model.mlp, [None, *mlp.IMPLEMENTATIONS]),
         ("platform", model.platform, [None, *PLATFORMS]),
     ):
         if value not in known:

@@ -29,6 +29,7 @@ HOW_NOT_WHAT = (
     "mesh",
     "mode",
     "model.attention",
+    "model.mlp",
     "model.platform",
     "model.remat",
     "model.scan_unroll",
@@ -119,6 +120,7 @@ def base_config() -> ConfigDict:
     config.model.remat = False
     config.model.scan_unroll = placeholder(bool)
     config.model.attention = placeholder(str)  # how it is computed; left alone, as is fastest on the devices
+    config.model.mlp = placeholder(str)  # likewise
     config.model.platform = placeholder(str)  # "cpu", "gpu" or "tpu", that the network is written for: the devices'
 
     config.data = ConfigDict()

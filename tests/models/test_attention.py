@@ -9,7 +9,7 @@ import pytest
 
 import sret_jax
 from sret_jax.models import attention
-from sret_jax.models.attention import IMPLEMENTATIONS, SlicedAttention, fastest_attention
+from sret_jax.models.attention import IMPLEMENTATIONS, SlicedAttention
 from tests.models.jaxprs import operations
 
 
@@ -72,7 +72,7 @@ def test_cudnns_heads_are_padded_and_scaled_as_they_were(monkeypatch) -> None:
 
 
 def test_the_fastest_implementation_is_chosen_by_platform_and_overridden_by_a_field() -> None:
-    assert {platform: fastest_attention(platform) for platform in ("cpu", "gpu", "tpu")} == {
+    assert {platform: attention.fastest(platform) for platform in ("cpu", "gpu", "tpu")} == {
         "cpu": "pieces",
         "gpu": "xla",
         "tpu": "pallas",
@@ -92,7 +92,8 @@ def _has_kernels(**fields: str) -> bool:
         sret_jax.create_model("sret_t", image_size=16, num_classes=2, **one_stage).init(jax.random.key(0), images),
         images,
     )
-    return any(equation.primitive.name == "pallas_call" for equation, _ in found)
+    calls = [equation.params["name"] for equation, _ in found if equation.primitive.name == "pallas_call"]
+    return any("attention" in name for name in calls)
 
 
 def test_dropout_on_attention_weights_is_computed_by_products_whatever_the_implementation() -> None:
@@ -103,7 +104,7 @@ def test_dropout_on_attention_weights_is_computed_by_products_whatever_the_imple
     assert np.isfinite(y).all()
 
 
-@pytest.mark.parametrize("fields", [{"attention": "flash"}, {"platform": "cuda"}])
+@pytest.mark.parametrize("fields", [{"attention": "flash"}, {"mlp": "fused"}, {"platform": "cuda"}])
 def test_unknown_ways_are_refused_with_those_that_there_are(fields: dict[str, str]) -> None:
     (name,) = fields
     with pytest.raises(sret_jax.UserError, match=rf"{name} is '\w+', expected None, '\w+'"):

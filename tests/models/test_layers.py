@@ -1,7 +1,5 @@
 """The parts of the network against NumPy, closed forms and XLA's own convolution."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,27 +7,13 @@ import pytest
 
 from sret_jax.models import layers
 from sret_jax.models.attention import SlicedAttention
-from sret_jax.models.layers import (
-    MLP,
-    BatchNorm,
-    Dense,
-    NonLinearProjection,
-    Pool,
-    Stem,
-    draw_branch_scales,
-    layer_norm,
-)
+from sret_jax.models.layers import BatchNorm, Dense, Pool, Stem, draw_branch_scales, layer_norm
 from tests.models import numpy_sret
 from tests.models.jaxprs import operations
 
 
 def _normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
-
-
-def _official_mlp(params) -> dict[str, np.ndarray]:
-    weights = {f"mlp.{fc}.weight": np.asarray(layer["kernel"]).T for fc, layer in params.items()}
-    return weights | {f"mlp.{fc}.bias": np.asarray(layer["bias"]) for fc, layer in params.items()}
 
 
 @pytest.fixture
@@ -301,51 +285,6 @@ def test_layer_norm_of_bfloat16_takes_statistics_in_float32() -> None:
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-4)  # rounding to bfloat16
 
 
-def test_mlp_uses_the_exact_gelu() -> None:
-    x = np.linspace(-4, 4, 33, dtype=np.float32)[:, None]
-    one = {"kernel": np.ones((1, 1), np.float32), "bias": np.zeros(1, np.float32)}
-    y = MLP(width=1, hidden=1).apply({"params": {"fc1": one, "fc2": one}}, x, train=False)
-    expected = [v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x[:, 0].tolist()]
-    # Rounding of float32; the tanh approximation is wrong by up to 5e-4.
-    np.testing.assert_allclose(y[:, 0], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_mlp_equals_numpy() -> None:
-    x = _normal(2, 3, 4)
-    params = {
-        "fc1": {"kernel": _normal(4, 6, seed=1), "bias": _normal(6, seed=2)},
-        "fc2": {"kernel": _normal(6, 4, seed=3), "bias": _normal(4, seed=4)},
-    }
-    y = MLP(width=4, hidden=6).apply({"params": params}, x, train=False)
-    # rounding of float32 in sums of six products
-    np.testing.assert_allclose(y, numpy_sret.mlp(_official_mlp(params), x.astype(np.float64)), rtol=1e-5, atol=1e-5)
-
-
-def test_mlp_drops_hidden_units_and_outputs() -> None:
-    # Through identities and at 10, where GELU is the identity, an output is 0 or 10 / (1 − rate)².
-    x, rate = np.full((512, 4), 10, np.float32), 0.5
-    identity = {"kernel": np.eye(4, dtype=np.float32), "bias": np.zeros(4, np.float32)}
-    variables = {"params": {"fc1": identity, "fc2": identity}}
-    y = MLP(4, 4, drop_rate=rate).apply(variables, x, train=True, rngs={"dropout": jax.random.key(0)})
-    np.testing.assert_allclose(np.unique(y), [0, 40], rtol=1e-5)  # rounding of float32
-    # Both must keep it: probability 1/4. Four standard deviations of 2048 draws: 4 · sqrt(0.25 · 0.75 / 2048).
-    assert abs((np.asarray(y) > 0).mean() - 0.25) < 0.039
-    np.testing.assert_allclose(MLP(4, 4, drop_rate=rate).apply(variables, x, train=False), x, rtol=1e-6)
-
-
-def test_non_linear_projection_weighs_its_input_and_its_mlp() -> None:
-    x = _normal(2, 3, 4)
-    layer = NonLinearProjection(mlp_ratio=1.5)
-    params = layer.init(jax.random.key(0), x, False)["params"]
-    assert params["mlp"]["fc1"]["kernel"].shape == (4, 6)
-    normed = numpy_sret.layer_norm(x.astype(np.float64), params["norm"]["scale"], params["norm"]["bias"])
-    y = layer.apply({"params": params | {"coefficients": np.array([2, -3], np.float32)}}, x, False)
-    # rounding of float32 in sums of six products
-    np.testing.assert_allclose(
-        y, 2 * x - 3 * numpy_sret.mlp(_official_mlp(params["mlp"]), normed), rtol=1e-5, atol=1e-5
-    )
-
-
 @pytest.mark.parametrize("size", [8, 7])
 def test_convolutions_as_products_of_patches_are_convolutions(size: int) -> None:
     x, kernel = _normal(2, size, size, 3), _normal(3, 3, 3, 5, seed=1)
@@ -358,15 +297,6 @@ def test_convolutions_as_products_of_patches_are_convolutions(size: int) -> None
     expected = value_and_gradients(layers._convolve)
     for found, array in zip(value_and_gradients(layers._convolve_patches), expected, strict=True):
         np.testing.assert_allclose(found, array, rtol=0, atol=2e-5)  # rounding of sums of up to a hundred numbers
-
-
-def test_gelu_is_the_exact_one_and_so_is_its_gradient() -> None:
-    x = np.linspace(-6, 6, 101, dtype=np.float32)
-    cdf = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x])
-    density = np.exp(-(x.astype(np.float64) ** 2) / 2) / math.sqrt(2 * math.pi)
-    np.testing.assert_allclose(layers.gelu(x), x * cdf, rtol=0, atol=1e-6)  # rounding of 1 + erf
-    gradient = jax.vmap(jax.grad(layers.gelu))(x)
-    np.testing.assert_allclose(gradient, cdf + x * density, rtol=0, atol=1e-6)
 
 
 def test_a_dense_layers_gain_multiplies_its_output_and_learns() -> None:

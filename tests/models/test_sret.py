@@ -29,7 +29,10 @@ SMALL = {
 }
 DROPPING = {"drop_path_rate": 0.4, "drop_rate": 0.2, "attn_drop_rate": 0.2}
 WAYS_TO_RUN = [{"scan_unroll": unroll, "remat": remat} for unroll in (False, True) for remat in (False, True)]
-WAYS_TO_RUN += [{"attention": "xla", "platform": "gpu"}, {"attention": "pieces", "platform": "tpu", "remat": True}]
+WAYS_TO_RUN += [
+    {"attention": "xla", "platform": "gpu"},
+    {"attention": "pieces", "mlp": "xla", "platform": "tpu", "remat": True},
+]
 
 # Quicker to compile than the default generator, and as random.
 _key = functools.partial(jax.random.key, impl="unsafe_rbg")
@@ -167,7 +170,7 @@ def test_scans_are_unrolled_as_told_and_by_default_up_to_64_applications(
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     model = _small(
-        scan_unroll=scan_unroll, recursions=(recursions,), attention="xla"
+        scan_unroll=scan_unroll, recursions=(recursions,), attention="xla", mlp="xla"
     )  # kernels have loops of their own
     rngs = {"permutation": jax.random.key(0)}
     apply = functools.partial(model.apply, train=train, mutable=["batch_stats"], rngs=rngs)

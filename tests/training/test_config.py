@@ -89,7 +89,7 @@ def test_the_identity_of_a_run_leaves_out_how_it_is_computed():
     other.data.path = "/elsewhere"
     other.model.remat = True
     other.model.scan_unroll = False
-    other.model.attention, other.model.platform = "xla", "gpu"
+    other.model.attention, other.model.mlp, other.model.platform = "xla", "xla", "gpu"
     other.compilation_cache = ""
     other.checkpoint.keep = 7
     assert identity(config) == identity(other)

@@ -1,0 +1,54 @@
+"""The compiler for TPUs takes the kernels as they are called by every published network."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sret_jax.models.fused_attention import fused_attention
+from sret_jax.models.fused_mlp import fused_mlp
+from sret_jax.models.tpu_kernels import held_bytes, images_in_program, largest_divisor
+from sret_jax.plan.devices import find_target
+from sret_jax.training.mesh import make_mesh
+from tests.models import test_fused_attention, test_fused_mlp
+
+
+def test_a_program_takes_as_many_images_as_fit_and_divide_the_batch():
+    def images(batch: int, tokens: int, width: int) -> int:
+        return images_in_program([jax.ShapeDtypeStruct((batch, tokens, width), jnp.bfloat16)] * 2)
+
+    assert held_bytes((3, 5, 130), jnp.bfloat16) == 3 * 5 * 256 * 2
+    # 2 MiB hold 5 images of two arrays of 784 tokens, whose 64 channels take a register's 128 lanes, 83 of 49
+    assert [images(128, 784, 64), images(10, 784, 64), images(7, 784, 64)] == [4, 5, 1]
+    assert images(81, 49, 128) == 81
+    assert images(2, 10**6, 128) == 1
+    assert [largest_divisor(12, limit) for limit in (0, 1, 5, 12, 100)] == [1, 1, 4, 12, 12]
+
+
+@pytest.mark.by_hand
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("image_size", [224, 384, 512])
+def test_the_compiler_takes_every_shape_of_the_zoo(image_size, dtype):
+    for tokens, width, hidden in test_fused_mlp.zoo_shapes(image_size):
+        *arguments, grad = jax.eval_shape(functools.partial(test_fused_mlp.draw, 8, tokens, width, hidden, dtype))
+        compile_for_tpus(functools.partial(fused_mlp, epsilon=1e-6), grad, *arguments)
+    for tokens, width, heads, groups in test_fused_attention.zoo_shapes(image_size):
+        qkv, grad = (jax.ShapeDtypeStruct((8, tokens, k * width), dtype) for k in (3, 1))
+        compile_for_tpus(functools.partial(fused_attention, heads=heads, groups=groups), grad, qkv)
+
+
+def compile_for_tpus(function, grad, *arguments):
+    """A function and its gradient, on one chip."""
+    mesh = make_mesh({"data": 1}, 8, find_target("v5e:1x1").devices)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), (grad, arguments)
+    )
+
+    def with_gradient(grad, arguments):
+        out, pull = jax.vjp(function, *arguments)
+        return out, pull(grad)
+
+    jax.jit(with_gradient).lower(*abstract).compile()
