@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ from jax.typing import DTypeLike
 from sret_jax.models.layers import Dense, matmul_precision, permute_tokens, recomputed_on_cpus
 
 # Scores of one layer that stay in a CPU's caches without being cut up, and of one piece of those that do not, in
-# bytes of float32: benchmarks/attention.py.
+# bytes of float32: docs/performance.md.
 _MOST_WHOLE = 16 << 20
 _MOST_IN_PIECE = 3 << 20
 
@@ -91,19 +92,60 @@ def attend(
     Scores and softmax are float32. Without dropout, it is the result that is divided by the softmax's sums, d numbers
     of a row instead of m.
     """
-    precision = matmul_precision(query.dtype)
-    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    if dropout is not None:
+        weights = dropout(nn.softmax(_scores(query, key)).astype(query.dtype))
+        return _product("xmn,xnd->xmd", weights, value).astype(query.dtype)
+    powers, sums = _powers(query, key)
+    return (_product("xmn,xnd->xmd", powers.astype(query.dtype), value) / sums).astype(query.dtype)
+
+
+def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """query · keyᵀ / √d, (x, m, n) float32."""
     scale = query.shape[-1] ** -0.5
     if query.dtype == jnp.float32:
-        scores = product("xmd,xnd->xmn", query * scale, key)
-    else:  # the scale would round the query
-        scores = product("xmd,xnd->xmn", query, key) * scale
-    if dropout is not None:
-        weights = dropout(nn.softmax(scores).astype(query.dtype))
-        return product("xmn,xnd->xmd", weights, value).astype(query.dtype)
+        return _product("xmd,xnd->xmn", query * scale, key)
+    return _product("xmd,xnd->xmn", query, key) * scale  # the scale would round the query
+
+
+def _powers(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The softmax of the scores, not yet divided by its sums, and these, (x, m, 1), float32."""
+    scores = _scores(query, key)
     powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    sums = powers.sum(-1, keepdims=True)
-    return (product("xmn,xnd->xmd", powers.astype(query.dtype), value) / sums).astype(query.dtype)
+    return powers, powers.sum(-1, keepdims=True)
+
+
+def _product(contraction: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(contraction, a, b, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _attend_anew(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`attend`, of which the backward pass computes the scores again, and nothing else.
+
+    JAX's own gradient of the division by the sums would take the product with the values once more.
+    """
+    return attend(query, key, value)
+
+
+def _attend_anew_forward(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+    return attend(query, key, value), (query, key, value)
+
+
+def _attend_anew_backward(factors: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query, key, value = factors
+    dtype, scale = query.dtype, query.shape[-1] ** -0.5
+    powers, sums = _powers(query, key)
+    grad = (grad / sums).astype(dtype)
+    value_grad = _product("xmn,xmd->xnd", powers.astype(dtype), grad)
+    powers_grad = _product("xmd,xnd->xmn", grad, value)
+    mean = (powers * powers_grad).sum(-1, keepdims=True) / sums
+    scores_grad = (powers * (powers_grad - mean)).astype(dtype)
+    query_grad = _product("xmn,xnd->xmd", scores_grad, key) * scale
+    key_grad = _product("xmn,xmd->xnd", scores_grad, query) * scale
+    return query_grad.astype(dtype), key_grad.astype(dtype), value_grad.astype(dtype)
+
+
+_attend_anew.defvjp(_attend_anew_forward, _attend_anew_backward)
 
 
 def _attend_whole(
@@ -115,25 +157,28 @@ def _attend_whole(
 
 
 def _attend_in_pieces(qkv: jax.Array, heads: int, groups: int) -> jax.Array:
-    """A few slices and heads at a time, as many as keep their scores in a CPU's caches."""
-    batch, tokens, _ = qkv.shape
-    pieces = _count_pieces(batch * groups * heads, tokens // groups)
-    if pieces == 1:
-        return _attend_whole(qkv, heads, groups)
-    query, key, value = _split(qkv, heads, groups)
-    # Every piece takes every so many sequence, so that a batch stays split over the devices that share it.
-    parts = (a.reshape(-1, pieces, *a.shape[1:]).swapaxes(0, 1) for a in (query, key, value))
-    x = jax.lax.map(lambda part: jax.checkpoint(attend)(*part), tuple(parts))
-    return _join(x.swapaxes(0, 1).reshape(query.shape), batch, heads, groups)
+    """A slice and head of some images at a time, of as many as keep their scores in a CPU's caches."""
+    batch, tokens, features = qkv.shape
+    slice_tokens, width = tokens // groups, features // 3 // heads
+    images = _images_in_piece(batch, heads * groups, slice_tokens)
+    if images is None:
+        return _join(_attend_anew(*_split(qkv, heads, groups)), batch, heads, groups)
+    # A piece takes every so many image, so that a batch stays split over the devices that share it:
+    # (i p) (g m) (3 h d) -> 3 (p g h) i m d
+    x = qkv.reshape(images, batch // images, groups, slice_tokens, 3, heads, width).transpose(4, 1, 2, 5, 0, 3, 6)
+    parts = x.reshape(3, -1, images, slice_tokens, width)
+    x = jax.lax.map(lambda part: _attend_anew(*part), tuple(parts))
+    # (p g h) i m d -> (i p) (g m) (h d)
+    x = x.reshape(batch // images, groups, heads, images, slice_tokens, width).transpose(3, 0, 1, 4, 2, 5)
+    return x.reshape(batch, tokens, heads * width)
 
 
-def _count_pieces(sequences: int, tokens: int) -> int:
-    size = 4 * sequences * tokens**2
-    if size <= _MOST_WHOLE:
-        return 1
-    return next(
-        n for n in range(1, sequences + 1) if sequences % n == 0 and (size / n <= _MOST_IN_PIECE or n == sequences)
-    )
+def _images_in_piece(batch: int, sequences: int, tokens: int) -> int | None:
+    """Of how many images a piece takes one of their `sequences` of `tokens`, a divisor of the batch; None for all."""
+    size = 4 * tokens**2
+    if size * sequences * batch <= _MOST_WHOLE:
+        return None
+    return max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * size <= _MOST_IN_PIECE))
 
 
 def _attend_fused(qkv: jax.Array, heads: int, groups: int) -> jax.Array:
@@ -161,7 +206,8 @@ IMPLEMENTATIONS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
     "cudnn": _attend_by_cudnn,
 }
 """Functions of qkv (b, n, 3c), heads and groups that return (b, n, c). "xla": plain XLA, the reference; "pieces": the
-same, a few slices at a time, for CPUs; "pallas": a fused kernel for TPUs; "cudnn": NVIDIA's, for bfloat16 on GPUs."""
+same, a slice and head of a few images at a time, for CPUs; "pallas": a fused kernel for TPUs; "cudnn": NVIDIA's, for
+bfloat16 on GPUs."""
 
 
 def fastest(platform: str) -> str:

@@ -34,26 +34,33 @@ def _numpy_attention(qkv: np.ndarray, heads: int, groups: int) -> np.ndarray:
 @pytest.mark.parametrize("implementation", ["xla", "pieces"])
 def test_implementations_equal_numpys_attention(implementation: str, groups: int, monkeypatch) -> None:
     monkeypatch.setattr(attention, "_MOST_WHOLE", 0)
-    monkeypatch.setattr(attention, "_MOST_IN_PIECE", 3000)
+    monkeypatch.setattr(attention, "_MOST_IN_PIECE", 2 * 4 * 4**2)  # of two images, or of one
     qkv = _qkv(4, 12, 10)
     expected = _numpy_attention(qkv, 2, groups)
     # Rounding of float32 in sums of a dozen numbers near 1.
     np.testing.assert_allclose(IMPLEMENTATIONS[implementation](qkv, 2, groups), expected, rtol=0, atol=1e-6)
 
 
-def test_pieces_are_loops_whose_gradients_are_those_of_the_whole(monkeypatch) -> None:
-    qkv = _qkv(4, 12, 10)
-    cotangent = np.random.RandomState(1).standard_normal((4, 12, 10)).astype(np.float32)
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-6), ("bfloat16", 2e-2)])  # rounding of numbers near 1
+def test_pieces_are_loops_whose_gradients_are_those_of_the_whole(dtype: str, atol: float, monkeypatch) -> None:
+    qkv = jnp.asarray(_qkv(4, 12, 10), dtype)
+    cotangent = jnp.asarray(np.random.RandomState(1).standard_normal((4, 12, 10)), dtype)
 
-    def gradient(implementation: str) -> jax.Array:
-        return jax.grad(lambda x: (IMPLEMENTATIONS[implementation](x, 2, 3) * cotangent).sum())(qkv)
+    def gradient(implementation: str, qkv: jax.Array) -> jax.Array:
+        out, pull_back = jax.vjp(lambda x: IMPLEMENTATIONS[implementation](x, 2, 3), qkv)
+        return pull_back(cotangent.astype(out.dtype))[0]
 
-    expected = gradient("xla")
+    expected = gradient("xla", qkv.astype("float32"))
+    whole = gradient("pieces", qkv)
     monkeypatch.setattr(attention, "_MOST_WHOLE", 0)
-    monkeypatch.setattr(attention, "_MOST_IN_PIECE", 3 * 4 * 4**2)
-    jaxpr = jax.make_jaxpr(lambda x: IMPLEMENTATIONS["pieces"](x, 2, 3))(qkv)
-    assert [e.params["length"] for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"] == [8]  # three of 24 each
-    np.testing.assert_allclose(gradient("pieces"), expected, rtol=0, atol=1e-6)
+    monkeypatch.setattr(attention, "_MOST_IN_PIECE", 3 * 4 * 4**2)  # three sequences, but two divide the batch
+    found = operations(lambda qkv: gradient("pieces", qkv), qkv)
+    assert [e.params["length"] for e, _ in found if e.primitive.name == "scan"] == [12, 12]  # of 24 sequences
+    # Forwards two products. Backwards the scores again, and gradients of weights, queries, keys and values.
+    assert sum(times for e, times in found if e.primitive.name == "dot_general") == 12 * (2 + 5)
+    for result in (whole, gradient("pieces", qkv)):
+        assert result.dtype == dtype
+        np.testing.assert_allclose(np.float64(result), np.float64(expected), rtol=0, atol=atol)
 
 
 def test_cudnns_heads_are_padded_and_scaled_as_they_were(monkeypatch) -> None:
