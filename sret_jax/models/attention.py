@@ -95,23 +95,22 @@ def attend(
     if dropout is not None:
         weights = dropout(nn.softmax(_scores(query, key)).astype(query.dtype))
         return _product("xmn,xnd->xmd", weights, value).astype(query.dtype)
-    powers, sums = _powers(query, key)
+    powers, sums = _powers(_scores(query, key), axis=2)
     return (_product("xmn,xnd->xmd", powers.astype(query.dtype), value) / sums).astype(query.dtype)
 
 
-def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
-    """query · keyᵀ / √d, (x, m, n) float32."""
-    scale = query.shape[-1] ** -0.5
-    if query.dtype == jnp.float32:
-        return _product("xmd,xnd->xmn", query * scale, key)
-    return _product("xmd,xnd->xmn", query, key) * scale  # the scale would round the query
+def _scores(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """rows · columnsᵀ / √d of queries and keys, float32."""
+    scale = rows.shape[-1] ** -0.5
+    if rows.dtype == jnp.float32:
+        return _product("xmd,xnd->xmn", rows * scale, columns)
+    return _product("xmd,xnd->xmn", rows, columns) * scale  # the scale would round the factor
 
 
-def _powers(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The softmax of the scores, not yet divided by its sums, and these, (x, m, 1), float32."""
-    scores = _scores(query, key)
-    powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    return powers, powers.sum(-1, keepdims=True)
+def _powers(scores: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """The softmax of scores along an axis, that of the keys, not yet divided by its sums, and these."""
+    powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis, keepdims=True)))
+    return powers, powers.sum(axis, keepdims=True)
 
 
 def _product(contraction: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -134,14 +133,15 @@ def _attend_anew_forward(query: jax.Array, key: jax.Array, value: jax.Array) -> 
 def _attend_anew_backward(factors: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     query, key, value = factors
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
-    powers, sums = _powers(query, key)
-    grad = (grad / sums).astype(dtype)
-    value_grad = _product("xmn,xmd->xnd", powers.astype(dtype), grad)
-    powers_grad = _product("xmd,xnd->xmn", grad, value)
-    mean = (powers * powers_grad).sum(-1, keepdims=True) / sums
-    scores_grad = (powers * (powers_grad - mean)).astype(dtype)
-    query_grad = _product("xmn,xnd->xmd", scores_grad, key) * scale
-    key_grad = _product("xmn,xmd->xnd", scores_grad, query) * scale
+    # With keys as rows, just one of the products takes the transpose of such a matrix, which is slow on CPUs.
+    powers, sums = _powers(_scores(key, query), axis=1)
+    grad = (grad / sums.swapaxes(1, 2)).astype(dtype)
+    value_grad = _product("xnm,xmd->xnd", powers.astype(dtype), grad)
+    powers_grad = _product("xnd,xmd->xnm", value, grad)
+    mean = (powers * powers_grad).sum(1, keepdims=True) / sums
+    scores_grad = (powers * (powers_grad - mean) * scale).astype(dtype)
+    query_grad = _product("xnm,xnd->xmd", scores_grad, key)
+    key_grad = _product("xnm,xmd->xnd", scores_grad, query)
     return query_grad.astype(dtype), key_grad.astype(dtype), value_grad.astype(dtype)
 
 
