@@ -223,6 +223,7 @@ def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _convolve_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
+    x = jax.lax.optimization_barrier(x)  # else each of nine slices computes it, the images' augmentation as well
     x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
     # Rows and columns 2i - 1, 2i, 2i + 1 of a patch are an odd one of the pair before, an even and an odd one.
     pairs = x.reshape(batch, out_height, 2, out_width, 2, channels)
