@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -239,15 +239,19 @@ class SReT(nn.Module):
         ]
 
 
+def init_variables(model: SReT, key: jax.Array) -> Any:
+    """`model.init(key, images)`, traced once for all that ask for the variables or their shapes: that takes seconds."""
+    return _init(model)(key, jnp.zeros((1, model.image_size, model.image_size, 3)))
+
+
 def variable_shapes(model: SReT) -> Any:
     """The variables that `model.init` makes, as `jax.ShapeDtypeStruct`s; nothing is computed."""
-    return jax.tree.map(lambda leaf: leaf, _variable_shapes(model))  # a new tree, which its caller may change
+    return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0))
 
 
-@functools.lru_cache(maxsize=16)  # tracing takes seconds
-def _variable_shapes(model: SReT) -> Any:
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
+@functools.lru_cache(maxsize=16)
+def _init(model: SReT) -> Callable[..., Any]:
+    return jax.jit(model.init)
 
 
 def grid_sizes(image_size: int, stages: int) -> tuple[int, ...]:

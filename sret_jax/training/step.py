@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from sret_jax.data.augment import Augmentation, normalize
 from sret_jax.data.targets import Targets
-from sret_jax.models.sret import SReT, variable_shapes
+from sret_jax.models.sret import SReT, init_variables, variable_shapes
 from sret_jax.training.losses import target_loss, teacher_loss
 from sret_jax.training.mesh import place, replicated, sharded, split_batch
 from sret_jax.training.optimizer import Schedule
@@ -56,8 +56,7 @@ def init_state(
     """The state before the first step, the same on any mesh; `ema` is whether to keep a moving average."""
 
     def init() -> TrainState:
-        images = jnp.zeros((1, model.image_size, model.image_size, 3))
-        return _first_state(model.init(jax.random.key(seed), images), optimizer, ema)
+        return _first_state(init_variables(model, jax.random.key(seed)), optimizer, ema)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh, ema=ema))
     options = _COMPILED_QUICKLY.get(mesh.devices.flat[0].platform)
@@ -68,7 +67,6 @@ def abstract_state(
     model: SReT, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False
 ) -> TrainState:
     """What a state consists of, `jax.ShapeDtypeStruct`s with shardings: to restore one without making one."""
-    # The model is traced once for all that ask for its variables' shapes.
     state = jax.eval_shape(lambda variables: _first_state(variables, optimizer, ema), variable_shapes(model))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
