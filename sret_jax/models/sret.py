@@ -240,18 +240,23 @@ class SReT(nn.Module):
 
 
 def init_variables(model: SReT, key: jax.Array) -> Any:
-    """`model.init(key, images)`, traced once for all that ask for the variables or their shapes: that takes seconds."""
+    """`model.init(key, images)`, for which the model is traced no more than for the shapes: that takes seconds."""
     return _init(model)(key, jnp.zeros((1, model.image_size, model.image_size, 3)))
 
 
 def variable_shapes(model: SReT) -> Any:
     """The variables that `model.init` makes, as `jax.ShapeDtypeStruct`s; nothing is computed."""
-    return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf, _variable_shapes(model))  # a new tree, which its caller may change
 
 
 @functools.lru_cache(maxsize=16)
 def _init(model: SReT) -> Callable[..., Any]:
     return jax.jit(model.init)
+
+
+@functools.lru_cache(maxsize=16)
+def _variable_shapes(model: SReT) -> Any:
+    return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0))
 
 
 def grid_sizes(image_size: int, stages: int) -> tuple[int, ...]:
