@@ -312,3 +312,10 @@ def test_permuting_tokens_and_its_gradient_are_gathers() -> None:
     y, pull_back = jax.vjp(lambda x: layers.permute_tokens(x, permutation), x)
     np.testing.assert_array_equal(y, x[:, permutation])
     np.testing.assert_array_equal(pull_back(y)[0], x)
+
+
+def test_the_stems_patches_are_taken_of_arrays_that_are_computed_once_on_cpus() -> None:
+    x, kernel = np.zeros((2, 8, 8, 3), np.float32), np.zeros((3, 3, 3, 5), np.float32)
+    found = operations(layers._convolve_patches, x, kernel)
+    kept = [equation.invars[0].aval.shape for equation, _ in found if equation.primitive.name == "optimization_barrier"]
+    assert kept == [x.shape, (2 * 4 * 4, 9 * 3)]

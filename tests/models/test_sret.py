@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import sret_jax
+from sret_jax.models.sret import init_variables, variable_shapes
 from tests.models import draws, numpy_sret
 from tests.models.jaxprs import operations
 
@@ -730,3 +731,15 @@ def test_training_with_a_rate_above_zero_needs_the_dropout_rng(rate: str) -> Non
 def test_fields_that_do_not_fit_together_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(sret_jax.UserError, match=message):
         sret_jax.SReT(**fields)
+
+
+def test_a_network_is_traced_once_for_its_variables_and_their_shapes(monkeypatch) -> None:
+    model, traced = _small(num_classes=6), []
+    check = sret_jax.SReT._check_images
+    monkeypatch.setattr(sret_jax.SReT, "_check_images", lambda self, images: traced.append(check(self, images)))
+    shapes = variable_shapes(model)
+    again = jax.eval_shape(lambda: init_variables(model, jax.random.key(1)))
+    assert len(traced) == 1
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), again) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), shapes
+    )
