@@ -123,10 +123,9 @@ def test_bfloat16_is_as_written_out(shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shape", [s for s in zoo_shapes(384) + zoo_shapes(512) if s[0] < 1000], ids=str)
-def test_every_shape_of_larger_images_is_as_written_out(shape, dtype):
-    assert_as_written_out(1, *shape, dtype)
+def test_every_shape_of_larger_images_is_as_written_out(shape):
+    assert_as_written_out(1, *shape, "float32")
 
 
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
