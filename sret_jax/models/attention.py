@@ -174,7 +174,10 @@ def _attend_in_pieces(qkv: jax.Array, heads: int, groups: int) -> jax.Array:
 
 
 def _images_in_piece(batch: int, sequences: int, tokens: int) -> int | None:
-    """Of how many images a piece takes one of their `sequences` of `tokens`, a divisor of the batch; None for all."""
+    """Of how many images a piece takes one of their `sequences` of `tokens`, a divisor of the batch; None for all.
+
+    Of a batch of a prime number, a piece takes one image.
+    """
     size = 4 * tokens**2
     if size * sequences * batch <= _MOST_WHOLE:
         return None

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sret_jax.models import fused_mlp
 from sret_jax.models.layers import Dense, layer_norm, recomputed_on_cpus, residual, unit_coefficients
 
 
@@ -17,7 +18,7 @@ class MLP(nn.Module):
       width: of the tokens.
       hidden: channels between the linear layers.
       norm: what tokens pass first.
-      drop_rate: dropout; where it is active, `implementation` is not asked.
+      drop_rate: dropout; where it is active, and in initialising, `implementation` is not asked.
       dtype: compute dtype.
       implementation: one of `IMPLEMENTATIONS`. "xla" keeps the first product for the backward pass.
       platform: whose compiler the products are written for, see `Dense`.
@@ -62,12 +63,10 @@ class MLP(nn.Module):
         return residual(keep, x, scales, self.drop2(y, deterministic=not train))
 
     def _fused(self, x: jax.Array, keep: jax.Array, gain: jax.Array, scales: jax.Array | None) -> jax.Array:
-        from sret_jax.models.fused_mlp import Weights, fused_mlp  # Pallas is slow to import
-
         norm, fc1, fc2 = self.norm.variables["params"], self.fc1, self.fc2
-        weights = Weights(norm["scale"], norm["bias"], fc1.kernel, fc1.bias, fc2.kernel, fc2.bias)
+        weights = fused_mlp.Weights(norm["scale"], norm["bias"], fc1.kernel, fc1.bias, fc2.kernel, fc2.bias)
         scales = jnp.ones(x.shape[0], jnp.float32) if scales is None else scales
-        return fused_mlp(x, keep, gain, scales, weights, self.norm.epsilon)
+        return fused_mlp.fused_mlp(x, keep, gain, scales, weights, self.norm.epsilon)
 
 
 class NonLinearProjection(nn.Module):
@@ -98,9 +97,7 @@ IMPLEMENTATIONS = ("xla", "pallas")
 
 def fastest(platform: str, width: int, hidden: int, dtype: DTypeLike) -> str:
     """Which of `IMPLEMENTATIONS` is fastest on devices of a platform, "cpu", "gpu" or "tpu"."""
-    from sret_jax.models.fused_mlp import weights_fit
-
-    return "pallas" if platform == "tpu" and weights_fit(width, hidden, dtype) else "xla"
+    return "pallas" if platform == "tpu" and fused_mlp.weights_fit(width, hidden, dtype) else "xla"
 
 
 def gelu(x: jax.Array) -> jax.Array:

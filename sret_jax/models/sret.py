@@ -56,7 +56,7 @@ class SReT(nn.Module):
       scan_unroll: unroll the scans over blocks and applications, which takes longer to compile. None unrolls networks
         of up to 64 applications, on CPUs in training alone, where it is faster, and takes a quarter of the memory of
         accelerators.
-      attention: "xla", products; "pieces", the same for a few slices at a time; "pallas", a fused kernel for TPUs;
+      attention: "xla", products; "pieces", the same for a slice and head at a time; "pallas", a fused kernel for TPUs;
         "cudnn", NVIDIA's, for bfloat16 on GPUs. None is what is fastest on `platform`. Where dropout on attention
         weights is active, they are plain products.
       mlp: how the blocks' MLPs and the non-linear projection layers are computed: "xla", products; "pallas", a fused
@@ -113,7 +113,7 @@ class SReT(nn.Module):
             shallow = sum(depth) <= MOST_UNROLLED_APPLICATIONS
             unroll = None if shallow and platform == "cpu" else shallow
         width, size = self.widths[0], self.grid_sizes[0]
-        most_hidden = max(self.mlp_ratio, self.nll_ratio)
+        largest_ratio = max(self.mlp_ratio, self.nll_ratio)
 
         self.stem = Stem(width, self.dtype, platform)
         # timm's truncation is at ±2, a hundred standard deviations out.
@@ -135,7 +135,7 @@ class SReT(nn.Module):
                 attn_drop_rate=self.attn_drop_rate,
                 dtype=self.dtype,
                 attention=self.attention or attention.fastest(platform),
-                mlp=self.mlp or mlp.fastest(platform, self.widths[s], int(self.widths[s] * most_hidden), self.dtype),
+                mlp=self.mlp or mlp.fastest(platform, self.widths[s], int(self.widths[s] * largest_ratio), self.dtype),
                 platform=platform,
                 remat=self.remat,
                 unroll=unroll,

@@ -213,5 +213,8 @@ def test_a_batch_that_the_devices_cannot_share_is_still_right(batch):
 
 
 def test_importing_the_library_does_not_import_pallas():
-    code = "import sys, sret_jax, sret_jax.models.fused_attention; sys.exit('jax.experimental.pallas' in sys.modules)"
+    code = (
+        "import sys, sret_jax.models.fused_attention, sret_jax.models.fused_mlp; "
+        "sys.exit('jax.experimental.pallas' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

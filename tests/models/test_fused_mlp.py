@@ -201,6 +201,9 @@ def test_the_compiler_is_told_what_the_kernels_compute_and_move(shape):
             flops += times * 2 * size * operation.invars[0].aval.shape[contracted]
         if operation.primitive.name in ("erf", "exp", "rsqrt"):
             transcendentals += times * size
+    # Programs of the backward kernel add to the same sums: no chip may take them at once.
+    semantics = [call.params["compiler_params"].dimension_semantics for call in calls]
+    assert semantics == [("parallel",), ("arbitrary",)]
     estimates = [call.params["cost_estimate"] for call in calls]
     assert sum(estimate.flops for estimate in estimates) == flops
     assert sum(estimate.transcendentals for estimate in estimates) == transcendentals

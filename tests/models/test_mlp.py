@@ -118,14 +118,25 @@ def test_a_field_of_the_network_overrides_what_is_fastest() -> None:
     assert _kernels(platform="tpu", mlp_ratio=0.5, nll_ratio=3e6) == 0  # too large a projection layer
 
 
-def _kernels(**fields) -> int:
-    """How many times a small network calls the kernel."""
+def test_training_takes_the_kernels_in_both_directions() -> None:
+    assert _kernels(platform="tpu", train=True) == 2 * 4
+    assert _kernels(platform="tpu", train=True, drop_rate=0.1) == 0
+
+
+def _kernels(*, train: bool = False, **fields) -> int:
+    """How many times a small network calls the kernels, with its gradient if it trains."""
     fields = {"recursions": (2,), **fields}
     one_stage = {"widths": (4,), "heads": (2,), "blocks": (1,), "slices": ((1, 1),), "image_size": 16}
     model = sret_jax.SReT(num_classes=2, **one_stage, **fields)
     images = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    found = operations(model.apply, variables, images)
+
+    def run(variables, images):
+        rngs = {"dropout": jax.random.key(0)}
+        logits, _ = model.apply(variables, images, train=train, mutable=["batch_stats"], rngs=rngs)
+        return logits.sum()
+
+    found = operations(jax.grad(run, allow_int=True) if train else run, variables, images)
     return sum(times for e, times in found if e.primitive.name == "pallas_call" and "mlp" in e.params["name"])
 
 
