@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sret_jax.models.layers import Dense, matmul_precision, permute_tokens, recomputed_on_cpus
+from sret_jax.models.layers import Dense, largest_divisor, matmul_precision, permute_tokens, recomputed_on_cpus
 
 # Scores of one layer that stay in a CPU's caches without being cut up, and of one piece of those that do not, in
 # bytes of float32: docs/performance.md.
@@ -157,31 +157,31 @@ def _attend_whole(
 
 
 def _attend_in_pieces(qkv: jax.Array, heads: int, groups: int) -> jax.Array:
-    """A slice and head of some images at a time, of as many as keep their scores in a CPU's caches."""
+    """Some slices and heads of some images at a time, as many as keep their scores in a CPU's caches."""
     batch, tokens, features = qkv.shape
     slice_tokens, width = tokens // groups, features // 3 // heads
-    images = _images_in_piece(batch, heads * groups, slice_tokens)
-    if images is None:
+    piece = _piece(batch, heads * groups, slice_tokens)
+    if piece is None:
         return _join(_attend_anew(*_split(qkv, heads, groups)), batch, heads, groups)
+    images, sequences = piece
     # A piece takes every so many image, so that a batch stays split over the devices that share it:
     # (i p) (g m) (3 h d) -> 3 (p g h) i m d
     x = qkv.reshape(images, batch // images, groups, slice_tokens, 3, heads, width).transpose(4, 1, 2, 5, 0, 3, 6)
-    parts = x.reshape(3, -1, images, slice_tokens, width)
+    parts = x.reshape(3, -1, sequences * images, slice_tokens, width)
     x = jax.lax.map(lambda part: _attend_anew(*part), tuple(parts))
     # (p g h) i m d -> (i p) (g m) (h d)
     x = x.reshape(batch // images, groups, heads, images, slice_tokens, width).transpose(3, 0, 1, 4, 2, 5)
     return x.reshape(batch, tokens, heads * width)
 
 
-def _images_in_piece(batch: int, sequences: int, tokens: int) -> int | None:
-    """Of how many images a piece takes one of their `sequences` of `tokens`, a divisor of the batch; None for all.
-
-    Of a batch of a prime number, a piece takes one image.
-    """
+def _piece(batch: int, sequences: int, tokens: int) -> tuple[int, int] | None:
+    """Of how many images a piece takes how many of an image's `sequences` of `tokens`; None for all in one piece."""
     size = 4 * tokens**2
     if size * sequences * batch <= _MOST_WHOLE:
         return None
-    return max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * size <= _MOST_IN_PIECE))
+
+    images = largest_divisor(batch, _MOST_IN_PIECE // size)
+    return images, largest_divisor(sequences, _MOST_IN_PIECE // (size * images))
 
 
 def _attend_fused(qkv: jax.Array, heads: int, groups: int) -> jax.Array:
@@ -209,7 +209,7 @@ IMPLEMENTATIONS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
     "cudnn": _attend_by_cudnn,
 }
 """Functions of qkv (b, n, 3c), heads and groups that return (b, n, c). "xla": plain XLA, the reference; "pieces": the
-same, a slice and head of a few images at a time, for CPUs; "pallas": a fused kernel for TPUs; "cudnn": NVIDIA's, for
+same, a few slices, heads and images at a time, for CPUs; "pallas": a fused kernel for TPUs; "cudnn": NVIDIA's, for
 bfloat16 on GPUs."""
 
 

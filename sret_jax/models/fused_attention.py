@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sret_jax.models.layers import largest_divisor
 from sret_jax.models.tpu_kernels import (
     LANES,
     ROWS,
@@ -22,7 +23,6 @@ from sret_jax.models.tpu_kernels import (
     for_each_tile,
     image_block,
     images_in_program,
-    largest_divisor,
     moved_bytes,
     on_each_device,
     product,

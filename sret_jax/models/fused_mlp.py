@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sret_jax.errors import UserError
+from sret_jax.models.layers import largest_divisor, normal_cdf
 from sret_jax.models.tpu_kernels import (
     ROWS,
     VMEM_BYTES,
@@ -22,9 +23,9 @@ from sret_jax.models.tpu_kernels import (
     held_bytes,
     image_block,
     images_in_program,
-    largest_divisor,
     moved_bytes,
     on_each_device,
+    parts_of_image,
     product,
 )
 
@@ -84,7 +85,12 @@ def fused_mlp(
             f"an MLP of {width} and {hidden} channels does not fit into a TPU's vector memory with its gradients: "
             f'give mlp="xla", which computes it as products'
         )
-    return _mlp(x, keep, gain, scales, weights, _Plan(epsilon, interpret))
+    batch, tokens, _ = x.shape
+    # Tokens have nothing to do with each other: an image too long for a program becomes several.
+    parts = parts_of_image(tokens, width, x.dtype, arrays=3)  # tokens, gradients of the output and of them
+    x = x.reshape(batch * parts, tokens // parts, width)
+    x = _mlp(x, keep, gain, jnp.repeat(scales, parts), weights, _Plan(epsilon, interpret))
+    return x.reshape(batch, tokens, width)
 
 
 class _Plan(NamedTuple):
@@ -107,16 +113,24 @@ def _for_each_tile(x_ref: Any, do: Any) -> None:
     jax.lax.fori_loop(0, images, one_image, None)
 
 
-def _normalised(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """x, (rows, c) float32, with mean 0 and variance 1, and what it was multiplied with, (rows, 1)."""
+class _Hidden(NamedTuple):
+    """What tokens become before the GELU, float32 but for `normed`."""
+
+    factor: jax.Array  # (rows, 1), that a token's deviations from its mean are multiplied with
+    normalised: jax.Array  # (rows, c)
+    normed: jax.Array  # (rows, c), as a factor of products
+    hidden: jax.Array  # (rows, h)
+    cdf: jax.Array  # (rows, h), of `hidden`
+
+
+def _hidden(plan: _Plan, x: jax.Array, norm_scale: Any, norm_bias: Any, kernel1: Any, bias1: Any) -> _Hidden:
+    """Of tokens (rows, c), float32."""
     centred = x - x.mean(1, keepdims=True)
-    factor = jax.lax.rsqrt(jnp.square(centred).mean(1, keepdims=True) + epsilon)
-    return centred * factor, factor
-
-
-def _cdf(x: jax.Array) -> jax.Array:
-    """Φ, by which the exact GELU multiplies."""
-    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+    factor = jax.lax.rsqrt(jnp.square(centred).mean(1, keepdims=True) + plan.epsilon)
+    normalised = centred * factor
+    normed = (normalised * norm_scale[...] + norm_bias[...]).astype(kernel1.dtype)
+    hidden = product(normed, kernel1[...], (1, 0)) + bias1[...]
+    return _Hidden(factor, normalised, normed, hidden, normal_cdf(hidden))
 
 
 def _forward_kernel(
@@ -136,14 +150,11 @@ def _forward_kernel(
     from jax.experimental import pallas as pl
 
     keep, before = keep_ref[0], pl.program_id(0) * x_ref.shape[0]
-    dtype = kernel1.dtype
 
     def tile(image: Any, rows: Any) -> None:
         x = x_ref[image, rows].astype(jnp.float32)
-        normalised, _ = _normalised(x, plan.epsilon)
-        normed = (normalised * norm_scale[...] + norm_bias[...]).astype(dtype)
-        hidden = product(normed, kernel1[...], (1, 0)) + bias1[...]
-        y = product((hidden * _cdf(hidden)).astype(dtype), kernel2[...], (1, 0)) + bias2[...]
+        _, _, _, hidden, cdf = _hidden(plan, x, norm_scale, norm_bias, kernel1, bias1)
+        y = product((hidden * cdf).astype(kernel2.dtype), kernel2[...], (1, 0)) + bias2[...]
         out_ref[image, rows] = (keep * x + scales_ref[before + image] * y).astype(out_ref.dtype)
 
     _for_each_tile(x_ref, tile)
@@ -183,10 +194,7 @@ def _backward_kernel(
 
     def tile(image: Any, rows: Any) -> None:
         x, grad = (ref[image, rows].astype(jnp.float32) for ref in (x_ref, grad_ref))
-        normalised, factor = _normalised(x, plan.epsilon)
-        normed = (normalised * norm_scale[...] + norm_bias[...]).astype(dtype)
-        hidden = product(normed, kernel1[...], (1, 0)) + bias1[...]
-        cdf = _cdf(hidden)
+        factor, normalised, normed, hidden, cdf = _hidden(plan, x, norm_scale, norm_bias, kernel1, bias1)
 
         y_grad = scales_ref[before + image] * grad
         bias2_grad[...] += y_grad.sum(0, keepdims=True)

@@ -30,6 +30,11 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
+def largest_divisor(count: int, limit: int) -> int:
+    """The largest divisor of `count` up to `limit`, at least 1."""
+    return max(k for k in range(1, count + 1) if count % k == 0 and (k == 1 or k <= limit))
+
+
 class Dense(nn.Module):
     """A linear layer with PyTorch's initialisation, as `nn.Dense` names it: (..., width) -> (..., features).
 
@@ -78,6 +83,15 @@ def recomputed_on_cpus(apply: Callable[..., jax.Array], platform: str) -> Callab
 def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     """LayerNorm as the original's: eps 1e-6, statistics in float32, and no E[x²] − E[x]², which cancels."""
     return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def normal_cdf(x: jax.Array) -> jax.Array:
+    """Φ, by which the exact GELU multiplies, of float32 of any shape.
+
+    As the original computes it, by erf; `jax.nn.gelu` takes erfc, which is exact to the last digit for large negative
+    x too, and takes several times as many operations.
+    """
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def unit_coefficients(module: nn.Module, count: int) -> jax.Array:

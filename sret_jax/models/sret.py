@@ -56,13 +56,14 @@ class SReT(nn.Module):
       scan_unroll: unroll the scans over blocks and applications, which takes longer to compile. None unrolls networks
         of up to 64 applications, on CPUs in training alone, where it is faster, and takes a quarter of the memory of
         accelerators.
-      attention: "xla", products; "pieces", the same for a slice and head at a time; "pallas", a fused kernel for TPUs;
-        "cudnn", NVIDIA's, for bfloat16 on GPUs. None is what is fastest on `platform`. Where dropout on attention
+      attention: "xla", products; "pieces", the same for a few slices and heads at a time; "pallas", a fused kernel for
+        TPUs; "cudnn", NVIDIA's, for bfloat16 on GPUs. None is what is fastest on `platform`. Where dropout on attention
         weights is active, they are plain products.
       mlp: how the blocks' MLPs and the non-linear projection layers are computed: "xla", products; "pallas", a fused
         kernel for TPUs, with norm and residual connection. None is what is fastest on `platform`. Where dropout in
         them is active, they are plain products.
-      platform: "cpu", "gpu" or "tpu", whose compiler the network is written for; it runs on all. None is JAX's default.
+      platform: "cpu", "gpu" or "tpu", whose compiler the network is written for; but for kernels, it runs on all. None
+        is JAX's default.
 
     Raises:
       UserError: fields that do not fit together; the message names what would.

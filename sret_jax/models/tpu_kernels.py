@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from sret_jax.models.layers import matmul_precision
+from sret_jax.models.layers import largest_divisor, matmul_precision
 
 LANES = 128  # of a TPU's registers, and the side of its matrix unit
 ROWS = 16  # of bfloat16 in a register
@@ -16,11 +16,6 @@ VMEM_BYTES = 64 << 20  # of a chip's vector memory that a kernel may take
 
 # Of what a program holds of its images; everything is held twice, while the next images are on their way.
 _BLOCK_BYTES = 2 << 20
-
-
-def largest_divisor(count: int, limit: int) -> int:
-    """The largest divisor of `count` up to `limit`, at least 1."""
-    return max(k for k in range(1, count + 1) if count % k == 0 and (k == 1 or k <= limit))
 
 
 def held_bytes(shape: Sequence[int], dtype: Any) -> int:
@@ -32,6 +27,11 @@ def images_in_program(arrays: Sequence[jax.Array | jax.ShapeDtypeStruct]) -> int
     """How many images of some arrays (b, n, any) a program takes; a divisor of b."""
     each = sum(held_bytes(array.shape[1:], array.dtype) for array in arrays)
     return largest_divisor(arrays[0].shape[0], _BLOCK_BYTES // each)
+
+
+def parts_of_image(tokens: int, width: int, dtype: Any, arrays: int) -> int:
+    """Into how many equal parts an image's tokens must be cut, so that a program can hold a part of each array."""
+    return tokens // largest_divisor(tokens, _BLOCK_BYTES // (arrays * held_bytes((1, width), dtype)))
 
 
 def image_block(array: jax.Array | jax.ShapeDtypeStruct, images: int) -> Any:

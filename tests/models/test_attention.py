@@ -41,10 +41,14 @@ def test_implementations_equal_numpys_attention(implementation: str, groups: int
     np.testing.assert_allclose(IMPLEMENTATIONS[implementation](qkv, 2, groups), expected, rtol=0, atol=1e-6)
 
 
+# Three sequences fit a piece, of six for each image: those of two images of four, or of one of five.
+@pytest.mark.parametrize(("batch", "pieces"), [(4, 12), (5, 10)])
 @pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-6), ("bfloat16", 2e-2)])  # rounding of numbers near 1
-def test_pieces_are_loops_whose_gradients_are_those_of_the_whole(dtype: str, atol: float, monkeypatch) -> None:
-    qkv = jnp.asarray(_qkv(4, 12, 10), dtype)
-    cotangent = jnp.asarray(np.random.RandomState(1).standard_normal((4, 12, 10)), dtype)
+def test_pieces_are_loops_whose_gradients_are_those_of_the_whole(
+    dtype: str, atol: float, batch: int, pieces: int, monkeypatch
+) -> None:
+    qkv = jnp.asarray(_qkv(batch, 12, 10), dtype)
+    cotangent = jnp.asarray(np.random.RandomState(1).standard_normal((batch, 12, 10)), dtype)
 
     def gradient(implementation: str, qkv: jax.Array) -> jax.Array:
         out, pull_back = jax.vjp(lambda x: IMPLEMENTATIONS[implementation](x, 2, 3), qkv)
@@ -53,14 +57,20 @@ def test_pieces_are_loops_whose_gradients_are_those_of_the_whole(dtype: str, ato
     expected = gradient("xla", qkv.astype("float32"))
     whole = gradient("pieces", qkv)
     monkeypatch.setattr(attention, "_MOST_WHOLE", 0)
-    monkeypatch.setattr(attention, "_MOST_IN_PIECE", 3 * 4 * 4**2)  # three sequences, but two divide the batch
+    monkeypatch.setattr(attention, "_MOST_IN_PIECE", 3 * 4 * 4**2)
     found = operations(lambda qkv: gradient("pieces", qkv), qkv)
-    assert [e.params["length"] for e, _ in found if e.primitive.name == "scan"] == [12, 12]  # of 24 sequences
+    assert [e.params["length"] for e, _ in found if e.primitive.name == "scan"] == [pieces] * 2
     # Forwards two products. Backwards the scores again, and gradients of weights, queries, keys and values.
-    assert sum(times for e, times in found if e.primitive.name == "dot_general") == 12 * (2 + 5)
+    assert sum(times for e, times in found if e.primitive.name == "dot_general") == pieces * (2 + 5)
     for result in (whole, gradient("pieces", qkv)):
         assert result.dtype == dtype
         np.testing.assert_allclose(np.float64(result), np.float64(expected), rtol=0, atol=atol)
+
+
+def test_pieces_fit_the_caches_and_are_few() -> None:
+    # (batch, slices and heads, tokens): of stages of SReT-S, and of a prime number of images
+    shapes = [(16, 24, 98), (16, 6, 392), (16, 6, 196), (127, 16, 196), (2, 12, 2304)]
+    assert [attention._piece(*shape) for shape in shapes] == [None, (4, 1), None, (1, 16), (1, 1)]
 
 
 def test_cudnns_heads_are_padded_and_scaled_as_they_were(monkeypatch) -> None:

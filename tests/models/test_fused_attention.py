@@ -1,7 +1,6 @@
 """The fused attention kernels, interpreted, against attention written out in NumPy with its gradient by hand."""
 
 import functools
-import math
 import subprocess
 import sys
 
@@ -17,7 +16,7 @@ from sret_jax import UserError, create_model, list_models
 from sret_jax.models.fused_attention import fused_attention
 from sret_jax.plan.collectives import find_collectives
 from sret_jax.training.mesh import make_mesh, split_batch
-from tests.models.jaxprs import operations
+from tests.models.jaxprs import kernel_work, operations
 
 # Rounding: of float32 sums; of weights and results to bfloat16's 8 bits.
 TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 2e-2)}
@@ -153,18 +152,8 @@ def test_the_compiler_is_told_what_the_kernels_compute_and_move(shape):
     tokens, width, heads, groups = shape
     qkv, grad = draw(2, tokens, width, "bfloat16")
     found = operations(lambda *arrays: fused(*arrays, heads, groups), qkv, grad)
-    calls = [call for call, _ in found if call.primitive.name == "pallas_call"]
+    calls, flops, transcendentals = kernel_work(found, {"exp2"})
     assert len(calls) == 2
-
-    flops = transcendentals = 0
-    for operation, times in found:
-        steps = times * math.prod(calls[0].params["grid_mapping"].grid)
-        size = math.prod(operation.outvars[0].aval.shape) if operation.outvars else 0
-        if operation.primitive.name == "dot_general":
-            ((contracted,), _), _ = operation.params["dimension_numbers"]
-            flops += steps * 2 * size * operation.invars[0].aval.shape[contracted]
-        if operation.primitive.name == "exp2":
-            transcendentals += steps * size
     estimates = [call.params["cost_estimate"] for call in calls]
     assert sum(estimate.flops for estimate in estimates) == flops
     assert sum(estimate.transcendentals for estimate in estimates) == transcendentals

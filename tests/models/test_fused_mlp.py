@@ -17,7 +17,7 @@ from sret_jax.models.layers import layer_norm
 from sret_jax.models.mlp import MLP
 from sret_jax.plan.collectives import find_collectives
 from sret_jax.training.mesh import make_mesh, split_batch
-from tests.models.jaxprs import operations
+from tests.models.jaxprs import kernel_work, operations
 
 # Of the largest number: rounding of float32 sums; of factors and results to bfloat16's 8 bits.
 TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 2e-2)}
@@ -147,6 +147,7 @@ def test_any_shape_is_as_written_out(shape, dtype, seed):
         (2, 729, 8, 20),  # in turns, the last shorter
         (8, 576, 160, 30),  # images in several programs, whose gradients add up
         (1, 1, 6, 1),
+        (2, 6000, 4, 6),  # an image too long for a program
     ],
 )
 def test_shapes_that_are_cut_otherwise_are_as_written_out(shape):
@@ -189,18 +190,7 @@ def test_nothing_but_the_arguments_is_kept_for_the_gradient():
 def test_the_compiler_is_told_what_the_kernels_compute_and_move(shape):
     tokens, width, hidden = shape
     arguments = draw(2, tokens, width, hidden, "bfloat16")
-    found = operations(fused, *arguments)
-    calls = [call for call, _ in found if call.primitive.name == "pallas_call"]
-    assert [call.params["grid_mapping"].grid for call in calls] == [(1,), (1,)]
-
-    flops = transcendentals = 0
-    for operation, times in found:
-        size = math.prod(operation.outvars[0].aval.shape) if operation.outvars else 0
-        if operation.primitive.name == "dot_general" and size > 1:  # the gain's gradient is computed outside
-            ((contracted,), _), _ = operation.params["dimension_numbers"]
-            flops += times * 2 * size * operation.invars[0].aval.shape[contracted]
-        if operation.primitive.name in ("erf", "exp", "rsqrt"):
-            transcendentals += times * size
+    calls, flops, transcendentals = kernel_work(operations(fused, *arguments), {"erf", "exp", "rsqrt"})
     # Programs of the backward kernel add to the same sums: no chip may take them at once.
     semantics = [call.params["compiler_params"].dimension_semantics for call in calls]
     assert semantics == [("parallel",), ("arbitrary",)]

@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sret_jax.models.fused_attention import fused_attention
 from sret_jax.models.fused_mlp import fused_mlp
-from sret_jax.models.tpu_kernels import held_bytes, images_in_program, largest_divisor
+from sret_jax.models.layers import largest_divisor
+from sret_jax.models.tpu_kernels import held_bytes, images_in_program, parts_of_image
 from sret_jax.plan.devices import find_target
 from sret_jax.training.mesh import make_mesh
 from tests.models import test_fused_attention, test_fused_mlp
@@ -24,6 +25,8 @@ def test_a_program_takes_as_many_images_as_fit_and_divide_the_batch():
     assert [images(128, 784, 64), images(10, 784, 64), images(7, 784, 64)] == [4, 5, 1]
     assert images(81, 49, 128) == 81
     assert images(2, 10**6, 128) == 1
+    # and 4096 tokens of three arrays in two parts
+    assert [parts_of_image(tokens, 64, jnp.bfloat16, arrays=3) for tokens in (784, 2304, 4096)] == [1, 1, 2]
     assert [largest_divisor(12, limit) for limit in (0, 1, 5, 12, 100)] == [1, 1, 4, 12, 12]
 
 
