@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sret_jax.models.fused_attention import fused_attention
 from sret_jax.models.layers import Dense, largest_divisor, matmul_precision, permute_tokens, recomputed_on_cpus
 
 # Scores of one layer that stay in a CPU's caches without being cut up, and of one piece of those that do not, in
@@ -184,13 +185,6 @@ def _piece(batch: int, sequences: int, tokens: int) -> tuple[int, int] | None:
     return images, largest_divisor(sequences, _MOST_IN_PIECE // (size * images))
 
 
-def _attend_fused(qkv: jax.Array, heads: int, groups: int) -> jax.Array:
-    """By a kernel for TPUs that keeps the scores on the chip."""
-    from sret_jax.models.fused_attention import fused_attention  # Pallas is slow to import
-
-    return fused_attention(qkv, heads, groups)
-
-
 def _attend_by_cudnn(qkv: jax.Array, heads: int, groups: int) -> jax.Array:
     """By NVIDIA's cuDNN, which wants head widths that are multiples of 8, and bfloat16."""
     batch, tokens, width = qkv.shape[0], qkv.shape[1] // groups, qkv.shape[2] // 3 // heads
@@ -205,7 +199,7 @@ def _attend_by_cudnn(qkv: jax.Array, heads: int, groups: int) -> jax.Array:
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
     "xla": _attend_whole,
     "pieces": _attend_in_pieces,
-    "pallas": _attend_fused,
+    "pallas": fused_attention,
     "cudnn": _attend_by_cudnn,
 }
 """Functions of qkv (b, n, 3c), heads and groups that return (b, n, c). "xla": plain XLA, the reference; "pieces": the

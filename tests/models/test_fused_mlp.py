@@ -207,6 +207,14 @@ def test_the_compiler_is_told_what_the_kernels_compute_and_move(shape):
         )
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_float32_products_are_float32_on_tpus_too(dtype, precision):
+    found = operations(fused, *draw(2, 8, 8, 12, dtype))
+    products = [e for e, _ in found if e.primitive.name == "dot_general" and e.outvars[0].aval.ndim == 2]
+    assert len(products) == 7
+    assert {p.name for product in products for p in product.params["precision"]} == {precision}
+
+
 @pytest.fixture(scope="module", params=[{"data": 8}, {"data": 2, "fsdp": 4}], ids=str)
 def mesh(request):
     return make_mesh(request.param, 16)

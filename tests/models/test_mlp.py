@@ -74,8 +74,8 @@ def test_where_dropout_is_active_mlps_are_products_whatever_the_implementation()
     layer = MLP(4, 6, layer_norm(jnp.float32, "norm"), drop_rate=0.5, implementation="pallas")
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     x, one = _normal(2, 8, 4), jnp.float32(1)
-    y, variables = layer.init_with_output(rngs, x, one, one, None, train=True)
-    assert np.isfinite(y).all()
+    variables = layer.init(rngs, x, one, one, None, train=True)
+    assert np.isfinite(layer.apply(variables, x, one, one, None, train=True, rngs=rngs)).all()
     assert "pallas_call" in _primitives(lambda x: layer.apply(variables, x, one, one, None, train=False), x)
 
 
@@ -115,7 +115,15 @@ def test_a_field_of_the_network_overrides_what_is_fastest() -> None:
     assert _kernels(platform="gpu") == 0
     assert _kernels(platform="tpu", mlp="xla") == 0
     assert _kernels(platform="cpu", mlp="pallas") == 4
+
+
+def test_each_stage_takes_kernels_if_its_largest_mlp_fits() -> None:
     assert _kernels(platform="tpu", mlp_ratio=0.5, nll_ratio=3e6) == 0  # too large a projection layer
+    assert _kernels(platform="tpu", mlp_ratio=3e6, nll_ratio=0.5) == 0
+    assert _kernels(platform="tpu", widths=(512,), mlp_ratio=10.5) == 0
+    assert _kernels(platform="tpu", widths=(512,), mlp_ratio=10.5, dtype="bfloat16") == 4
+    two = {"heads": (2, 2), "blocks": (1, 1), "recursions": (1, 1), "slices": ((1, 1), (1, 1))}
+    assert _kernels(platform="tpu", widths=(4, 1024), mlp_ratio=8.0, **two) == 2
 
 
 def test_training_takes_the_kernels_in_both_directions() -> None:
@@ -125,9 +133,8 @@ def test_training_takes_the_kernels_in_both_directions() -> None:
 
 def _kernels(*, train: bool = False, **fields) -> int:
     """How many times a small network calls the kernels, with its gradient if it trains."""
-    fields = {"recursions": (2,), **fields}
-    one_stage = {"widths": (4,), "heads": (2,), "blocks": (1,), "slices": ((1, 1),), "image_size": 16}
-    model = sret_jax.SReT(num_classes=2, **one_stage, **fields)
+    one_stage = {"widths": (4,), "heads": (2,), "blocks": (1,), "recursions": (2,), "slices": ((1, 1),)}
+    model = sret_jax.SReT(image_size=16, num_classes=2, **{**one_stage, **fields})
     images = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
 
