@@ -30,6 +30,8 @@ from sret_jax.models.tpu_kernels import (
 )
 
 _MOST_ROWS = 256  # tokens that are computed together
+# Of a layer's weights and their gradients on the chip. A TPU v4 has 16 MiB for a kernel, others several times as much.
+_MOST_WEIGHT_BYTES = 9 << 20
 
 
 class Weights(NamedTuple):
@@ -44,9 +46,9 @@ class Weights(NamedTuple):
 
 
 def weights_fit(width: int, hidden: int, dtype: DTypeLike) -> bool:
-    """Whether the weights of an MLP and their gradients leave half of a kernel's memory to the tokens."""
+    """Whether the weights of an MLP and their gradients leave enough of any TPU's vector memory to the tokens."""
     shapes = ((width, hidden), (hidden, width))
-    return sum(held_bytes(shape, kind) for shape in shapes for kind in (dtype, jnp.float32)) <= VMEM_BYTES // 2
+    return sum(held_bytes(shape, kind) for shape in shapes for kind in (dtype, jnp.float32)) <= _MOST_WEIGHT_BYTES
 
 
 def fused_mlp(
