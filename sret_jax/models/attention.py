@@ -17,6 +17,8 @@ from sret_jax.models.layers import Dense, largest_divisor, matmul_precision, per
 _MOST_WHOLE = 16 << 20
 _MOST_IN_PIECE = 3 << 20
 
+_CUDNNS_WIDEST_HEAD = 128  # on every GPU that it is for
+
 
 class SlicedAttention(nn.Module):
     """Multi-head self-attention within `groups` equal runs of the tokens.
@@ -186,14 +188,23 @@ def _piece(batch: int, sequences: int, tokens: int) -> tuple[int, int] | None:
 
 
 def _attend_by_cudnn(qkv: jax.Array, heads: int, groups: int) -> jax.Array:
-    """By NVIDIA's cuDNN, which wants head widths that are multiples of 8, and bfloat16."""
+    """By NVIDIA's cuDNN, which wants heads of a multiple of 8 channels, bfloat16, and for gradients even tokens."""
     batch, tokens, width = qkv.shape[0], qkv.shape[1] // groups, qkv.shape[2] // 3 // heads
-    # b (g m) (3 h d) -> (b g) m h d for each of the three
-    query, key, value = jnp.moveaxis(qkv.reshape(batch * groups, tokens, 3, heads, width), 2, 0)
-    padding = ((0, 0), (0, 0), (0, 0), (0, -width % 8))
-    query, key, value = (jnp.pad(a, padding) for a in (query, key, value))
-    x = jax.nn.dot_product_attention(query, key, value, scale=width**-0.5, implementation="cudnn")
-    return x[..., :width].reshape(batch, groups * tokens, heads * width)
+    # b (g m) (3 h d) -> (b g) m h d for each of the three. The gradient of a split is one concatenation.
+    parts = (part.reshape(batch * groups, tokens, heads, width) for part in jnp.split(qkv, 3, axis=-1))
+    padding = ((0, 0), (0, tokens % 2), (0, 0), (0, -width % 8))
+    query, key, value = (jnp.pad(part, padding) for part in parts)
+    lengths = jnp.full((batch * groups,), tokens, jnp.int32) if tokens % 2 else None
+    x = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        scale=width**-0.5,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+    return x[:, :tokens, :, :width].reshape(batch, groups * tokens, heads * width)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
@@ -207,9 +218,19 @@ same, a few slices, heads and images at a time, for CPUs; "pallas": a fused kern
 bfloat16 on GPUs."""
 
 
-def fastest(platform: str) -> str:
+def fastest(platform: str, head_width: int, dtype: DTypeLike) -> str:
     """The key of `IMPLEMENTATIONS` that is fastest on devices of a platform, "cpu", "gpu" or "tpu"."""
+    if platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and head_width <= _CUDNNS_WIDEST_HEAD and _has_cudnn():
+        return "cudnn"
     return {"cpu": "pieces", "tpu": "pallas"}.get(platform, "xla")
+
+
+def _has_cudnn() -> bool:
+    """Whether this process computes on NVIDIA's GPUs, of a generation that cuDNN's kernel is for: Ampere or later."""
+    if jax.default_backend() != "gpu":
+        return False
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # "9.0"; "gfx942" on AMD's
+    return capability.replace(".", "", 1).isdigit() and float(capability) >= 8
 
 
 def _split(qkv: jax.Array, heads: int, groups: int) -> jax.Array:

@@ -11,6 +11,9 @@ from jax.typing import DTypeLike
 
 Initializer = Callable[..., jax.Array]
 
+# Of bfloat16 in 16 bytes: rows of other numbers of channels are copied for NVIDIA's matrix units, in and out.
+CHANNELS_OF_GPUS = 8
+
 # PyTorch's default for weights: uniform in ±1/sqrt(fan_in). Variance 1/(3 fan_in) is that interval's.
 kernel_init: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -35,17 +38,36 @@ def largest_divisor(count: int, limit: int) -> int:
     return max(k for k in range(1, count + 1) if count % k == 0 and (k == 1 or k <= limit))
 
 
+def zero_padded(x: jax.Array, *shape: int) -> jax.Array:
+    """x with zeros behind, up to a shape of as many axes."""
+    missing = [(0, size - there) for size, there in zip(shape, x.shape, strict=True)]
+    return jnp.pad(x, missing) if shape != x.shape else x
+
+
+def padded_channels(channels: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-channels // multiple) * multiple
+
+
 class Dense(nn.Module):
     """A linear layer with PyTorch's initialisation, as `nn.Dense` names it: (..., width) -> (..., features).
 
     A gain, a float32 scalar that the output is multiplied with, goes into kernel and bias: multiplying the output would
     take another pass over it in both directions, and its gradient would need the output again.
+
+    Attributes:
+      width: input channels. There may be more, which have to be zero, as a layer before makes them.
+      features: output channels.
+      dtype: compute dtype.
+      platform: whose compiler the products are written for, "cpu", "gpu" or "tpu".
+      multiple: of how many the output has channels; those beyond `features` are zero.
     """
 
     width: int
     features: int
     dtype: DTypeLike = jnp.float32
     platform: str = "cpu"
+    multiple: int = 1
 
     def setup(self) -> None:
         """Create the parameters, float32."""
@@ -59,16 +81,21 @@ class Dense(nn.Module):
     def multiply(self, x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
         """The output without the bias, for whoever keeps it and adds the bias in passing."""
         kernel = self.kernel if gain is None else gain * self.kernel
+        kernel = zero_padded(kernel.astype(self.dtype), x.shape[-1], self._padded_features)
         shape = x.shape[:-1]
         if self.platform == "cpu":  # whose XLA transposes arrays of more than two axes for the kernel's gradient
-            x = x.reshape(-1, self.width)
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), precision=matmul_precision(self.dtype))
-        return y.reshape(*shape, self.features)
+            x = x.reshape(-1, x.shape[-1])
+        y = jnp.dot(x.astype(self.dtype), kernel, precision=matmul_precision(self.dtype))
+        return y.reshape(*shape, kernel.shape[-1])
 
     def add_bias(self, y: jax.Array, gain: jax.Array | None = None) -> jax.Array:
         """What `multiply` leaves out."""
         bias = self.bias if gain is None else gain * self.bias
-        return y + bias.astype(self.dtype)
+        return y + zero_padded(bias.astype(self.dtype), self._padded_features)
+
+    @property
+    def _padded_features(self) -> int:
+        return padded_channels(self.features, self.multiple)
 
 
 def recomputed_on_cpus(apply: Callable[..., jax.Array], platform: str) -> Callable[..., jax.Array]:
@@ -134,43 +161,54 @@ class BatchNorm(nn.Module):
     `nn.BatchNorm` keeps a running mean of the biased variance; PyTorch, and so every published checkpoint, one of the
     unbiased variance. The number of batches seen is kept too, because official checkpoints hold it. Statistics are
     computed in float32 over the global batch.
+
+    Attributes:
+      dtype: of the output.
+      momentum: 0.1 in PyTorch's sense.
+      epsilon: what is added to variances.
+      features: channels with parameters and statistics; those of the input beyond them become zero. None for all.
     """
 
     dtype: DTypeLike = jnp.float32
-    momentum: float = 0.9  # 0.1 in PyTorch's sense
+    momentum: float = 0.9
     epsilon: float = 1e-5
+    features: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Normalise x, (..., channels), with the batch's statistics when training, else with the running ones."""
-        channels = x.shape[-1]
+        channels = self.features or x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         batches = self.variable("batch_stats", "batches", jnp.zeros, (), jnp.int32)
 
+        def widened(array: jax.Array) -> jax.Array:
+            return zero_padded(array, x.shape[-1])
+
         if train:
             axes = tuple(range(x.ndim - 1))
             mean = x.mean(axes, dtype=jnp.float32)
             var = jnp.square(x.astype(jnp.float32) - mean).mean(axes)
             if not self.is_initializing():
-                count = x.size // channels
-                unbiased = var * (count / max(count - 1, 1))
-                running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
+                count = x.size // x.shape[-1]
+                unbiased = var[:channels] * (count / max(count - 1, 1))
+                running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean[:channels]
                 running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
                 batches.value += 1
         else:
-            mean, var = running_mean.value, running_var.value
+            mean, var = widened(running_mean.value), widened(running_var.value)
 
-        factor = scale * jax.lax.rsqrt(var + self.epsilon)
-        return ((x.astype(jnp.float32) - mean) * factor + bias).astype(self.dtype)
+        factor = widened(scale) * jax.lax.rsqrt(var + self.epsilon)
+        return ((x.astype(jnp.float32) - mean) * factor + widened(bias)).astype(self.dtype)
 
 
 class Stem(nn.Module):
     """Three stride-2 3×3 convolutions, each with BatchNorm and ReLU: images (b, h, w, 3) -> (b, h/8, w/8, width).
 
-    Training on CPUs, convolutions are matrix products of patches: XLA's CPU backend takes their gradients slowly.
+    Training on CPUs, convolutions are matrix products of patches: XLA's CPU backend takes their gradients slowly. On
+    GPUs, channels are padded to a multiple of 8, from the images' to the last: cuDNN would do so for each convolution.
     """
 
     width: int
@@ -180,30 +218,44 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """See the class."""
-        x = images.astype(self.dtype)
+        x, channels = images.astype(self.dtype), images.shape[-1]
         convolve = _convolve_patches if train and self.platform == "cpu" else _convolve
         if self.platform == "cpu":
             convolve = _in_whole_vectors(convolve)
+        multiple = CHANNELS_OF_GPUS if self.platform == "gpu" else 1
+        x = zero_padded(x, *x.shape[:-1], padded_channels(channels, multiple))
         for i, features in enumerate((self.width // 2, self.width, self.width), start=1):
-            x = HalvingConvolution(features, convolve, self.dtype, name=f"conv{i}")(x)
-            x = nn.relu(BatchNorm(dtype=self.dtype, name=f"bn{i}")(x, train))
-        return x
+            convolution = HalvingConvolution(channels, features, convolve, self.dtype, multiple, name=f"conv{i}")
+            x = nn.relu(BatchNorm(dtype=self.dtype, features=features, name=f"bn{i}")(convolution(x), train))
+            channels = features
+        return x[..., :channels]
 
 
 class HalvingConvolution(nn.Module):
-    """A 3×3 convolution at stride 2, padded by 1 on all sides, with PyTorch's initialisation."""
+    """A 3×3 convolution at stride 2, padded by 1 on all sides, with PyTorch's initialisation.
 
+    Attributes:
+      channels: of the input. There may be more, which have to be zero.
+      features: channels of the output.
+      convolve: a function of input and kernel.
+      dtype: compute dtype.
+      multiple: of how many the output has channels; those beyond `features` are zero.
+    """
+
+    channels: int
     features: int
     convolve: Callable[[jax.Array, jax.Array], jax.Array]
     dtype: DTypeLike = jnp.float32
+    multiple: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(b, h, w, c) -> (b, ⌈h/2⌉, ⌈w/2⌉, features) in `dtype`."""
-        channels = x.shape[-1]
-        kernel = self.param("kernel", kernel_init, (3, 3, channels, self.features), jnp.float32)
-        bias = self.param("bias", bias_init(9 * channels), (self.features,), jnp.float32)
-        return self.convolve(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        kernel = self.param("kernel", kernel_init, (3, 3, self.channels, self.features), jnp.float32)
+        bias = self.param("bias", bias_init(9 * self.channels), (self.features,), jnp.float32)
+        padded = padded_channels(self.features, self.multiple)
+        kernel = zero_padded(kernel.astype(self.dtype), 3, 3, x.shape[-1], padded)
+        return self.convolve(x, kernel) + zero_padded(bias.astype(self.dtype), padded)
 
 
 def _in_whole_vectors(convolve: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., jax.Array]:

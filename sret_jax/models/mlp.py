@@ -6,7 +6,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sret_jax.models import fused_mlp
-from sret_jax.models.layers import Dense, layer_norm, normal_cdf, recomputed_on_cpus, residual, unit_coefficients
+from sret_jax.models.layers import (
+    CHANNELS_OF_GPUS,
+    Dense,
+    layer_norm,
+    normal_cdf,
+    recomputed_on_cpus,
+    residual,
+    unit_coefficients,
+)
 
 
 class MLP(nn.Module):
@@ -32,7 +40,8 @@ class MLP(nn.Module):
 
     def setup(self) -> None:
         """Create the layers."""
-        self.fc1 = Dense(self.width, self.hidden, self.dtype, self.platform)
+        multiple = CHANNELS_OF_GPUS if self.platform == "gpu" else 1
+        self.fc1 = Dense(self.width, self.hidden, self.dtype, self.platform, multiple)
         self.fc2 = Dense(self.hidden, self.width, self.dtype, self.platform)
         self.drop1, self.drop2 = nn.Dropout(self.drop_rate), nn.Dropout(self.drop_rate)
 

@@ -1,6 +1,7 @@
 """The ways to compute attention agree with the plain one, forwards and backwards."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,8 @@ def test_pieces_fit_the_caches_and_are_few() -> None:
     assert [attention._piece(*shape) for shape in shapes] == [None, (4, 1), None, (1, 16), (1, 1)]
 
 
-def test_cudnns_heads_are_padded_and_scaled_as_they_were(monkeypatch) -> None:
+@pytest.mark.parametrize(("tokens", "computed"), [(4, 4), (5, 6)])
+def test_cudnn_is_given_padded_heads_and_an_even_number_of_tokens(monkeypatch, tokens: int, computed: int) -> None:
     asked = []
 
     def by_xla(*args, implementation, **kwargs):
@@ -82,22 +84,40 @@ def test_cudnns_heads_are_padded_and_scaled_as_they_were(monkeypatch) -> None:
 
     product = functools.partial(jax.nn.dot_product_attention)
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    qkv = _qkv(2, 12, 10)
-    found = IMPLEMENTATIONS["cudnn"](jnp.asarray(qkv), 2, 3)
-    assert asked == [("cudnn", (6, 4, 2, 8))]
+    qkv = _qkv(2, 3 * tokens, 10)
+    found, pull = jax.vjp(lambda qkv: IMPLEMENTATIONS["cudnn"](qkv, 2, 3), jnp.asarray(qkv))
+    assert asked == [("cudnn", (6, computed, 2, 8))]
     np.testing.assert_allclose(found, _numpy_attention(qkv, 2, 3), rtol=0, atol=1e-6)  # rounding of float32
+    wanted, reference = jax.vjp(lambda qkv: IMPLEMENTATIONS["xla"](qkv, 2, 3), jnp.asarray(qkv))
+    np.testing.assert_allclose(pull(wanted)[0], reference(wanted)[0], rtol=0, atol=1e-5)  # rounding of float32
 
 
 def test_the_fastest_implementation_is_chosen_by_platform_and_overridden_by_a_field() -> None:
-    assert {platform: attention.fastest(platform) for platform in ("cpu", "gpu", "tpu")} == {
-        "cpu": "pieces",
-        "gpu": "xla",
-        "tpu": "pallas",
-    }
+    chosen = {platform: attention.fastest(platform, 32, jnp.bfloat16) for platform in ("cpu", "gpu", "tpu")}
+    assert chosen == {"cpu": "pieces", "gpu": "xla", "tpu": "pallas"}
     assert _has_kernels(platform="tpu")
     assert not _has_kernels(platform="gpu")
     assert not _has_kernels(platform="tpu", attention="xla")
     assert _has_kernels(platform="cpu", attention="pallas")
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_width", "dtype", "chosen"),
+    [
+        ("9.0", 32, "bfloat16", "cudnn"),
+        ("8.0", 128, jnp.bfloat16, "cudnn"),
+        ("10.3", 42, "bfloat16", "cudnn"),
+        ("9.0", 136, "bfloat16", "xla"),
+        ("9.0", 32, "float32", "xla"),
+        ("7.5", 32, "bfloat16", "xla"),
+        ("gfx942", 32, "bfloat16", "xla"),
+    ],
+)
+def test_cudnn_is_chosen_where_it_can_attend(monkeypatch, capability: str, head_width: int, dtype, chosen: str) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    assert attention.fastest("gpu", head_width, dtype) == chosen
+    assert attention.fastest("cpu", head_width, dtype) == "pieces"
 
 
 def _has_kernels(**fields: str) -> bool:

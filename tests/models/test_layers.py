@@ -131,29 +131,39 @@ def test_pool_is_a_convolution_of_xlas_on_tpus_alone(platform: str, convolutions
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("width", [6, 62])  # the latter is padded
-def test_the_stem_of_cpus_is_that_of_other_platforms(width: int, train: bool) -> None:
+@pytest.mark.parametrize(("platform", "width"), [("cpu", 6), ("cpu", 62), ("gpu", 6)])  # the first is not padded
+def test_the_stem_of_every_platform_is_that_of_tpus(platform: str, width: int, train: bool) -> None:
     images = _normal(2, 18, 22, 3)
     variables = jax.jit(Stem(width).init, static_argnums=2)(jax.random.key(0), images, False)
 
     def stem(params, platform):
         both = {**variables, "params": params}
-        return Stem(width, platform=platform).apply(both, images, train, mutable=["batch_stats"])[0]
+        return Stem(width, platform=platform).apply(both, images, train, mutable=["batch_stats"])
 
-    expected, expected_pullback = jax.vjp(lambda params: stem(params, "gpu"), variables["params"])
-    y, pullback = jax.vjp(lambda params: stem(params, "cpu"), variables["params"])
+    expected, expected_pullback, wanted_statistics = jax.vjp(
+        lambda params: stem(params, "tpu"), variables["params"], has_aux=True
+    )
+    y, pullback, statistics = jax.vjp(lambda params: stem(params, platform), variables["params"], has_aux=True)
     assert y.shape == expected.shape == (2, 3, 3, width)
     # float32 sums of 9 * width products in another order, in three layers that divide by deviations
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
     found, wanted = pullback(_normal(*y.shape, seed=4)), expected_pullback(_normal(*y.shape, seed=4))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), found, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), statistics, wanted_statistics)
 
 
 @pytest.mark.parametrize(
     ("platform", "width", "features"),
-    [("cpu", 62, [32, 64, 64]), ("cpu", 64, [32, 64, 64]), ("cpu", 6, [3, 6, 6]), ("gpu", 62, [31, 62, 62])],
+    [
+        ("cpu", 62, [32, 64, 64]),
+        ("cpu", 64, [32, 64, 64]),
+        ("cpu", 6, [3, 6, 6]),
+        ("gpu", 62, [32, 64, 64]),
+        ("gpu", 6, [8, 8, 8]),
+        ("tpu", 62, [31, 62, 62]),
+    ],
 )
-def test_the_stems_channels_are_padded_on_cpus_where_few_are_missing(
+def test_the_stems_channels_are_padded_on_gpus_and_on_cpus_where_few_are_missing(
     platform: str, width: int, features: list[int]
 ) -> None:
     stem, images = Stem(width, platform=platform), np.zeros((1, 16, 16, 3), np.float32)
@@ -164,6 +174,20 @@ def test_the_stems_channels_are_padded_on_cpus_where_few_are_missing(
         if equation.primitive.name == "conv_general_dilated"
     ]
     assert computed == features
+
+
+def test_dense_layers_can_be_padded_with_channels_that_are_zero() -> None:
+    x, layers = _normal(2, 5, 3), [Dense(3, 6, multiple=multiple) for multiple in (1, 4)]
+    variables = layers[1].init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, variables, layers[0].init(jax.random.key(0), x))
+    narrow, wide = (layer.apply(variables, x, jnp.float32(2)) for layer in layers)
+    np.testing.assert_allclose(wide[..., :6], narrow, rtol=1e-6)  # rounding of float32
+    assert wide.shape == (2, 5, 8)
+    assert not np.any(wide[..., 6:])
+
+    behind = Dense(6, 4)
+    variables = behind.init(jax.random.key(1), narrow)
+    np.testing.assert_allclose(behind.apply(variables, wide), behind.apply(variables, narrow), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("platform", "axes"), [("cpu", 2), ("gpu", 3), ("tpu", 3)])
