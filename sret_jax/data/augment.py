@@ -114,8 +114,20 @@ def random_erasing(key: Array, images: Array, probability: float) -> Array:
     top = jax.random.randint(keys[3], (batch, 1), 0, height - box_height + 1)
     left = jax.random.randint(keys[4], (batch, 1), 0, width - box_width + 1)
     inside = _inside(height, width, top, left, top + box_height, left + box_width) & erased[:, None, None]
-    noise = jax.random.normal(keys[5], images.shape, images.dtype)
+    noise = _normal_noise(keys[5], images.shape).astype(images.dtype)
     return jnp.where(inside[..., None], noise, images)
+
+
+def _normal_noise(key: Array, shape: tuple[int, ...]) -> Array:
+    """Standard normal, float32 of a shape of images, from 16 random bits each: 32, as JAX takes, cost twice as much.
+
+    They are the halves of one number for two rows of an image. None is beyond ±4.33.
+    """
+    batch, height, width, channels = shape
+    bits = jax.random.bits(key, (batch, (height + 1) // 2, 1, width, channels), jnp.uint32)
+    halves = (bits >> jnp.array([0, 16], jnp.uint32)[:, None, None]) & 0xFFFF
+    uniform = (halves.reshape(batch, -1, width, channels)[:, :height].astype(jnp.float32) + 0.5) / 2**15 - 1
+    return math.sqrt(2) * jax.lax.erf_inv(uniform)
 
 
 def mixup_cutmix(

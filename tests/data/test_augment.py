@@ -1,6 +1,7 @@
 """Tests of sret_jax.data.augment."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sret_jax.data import augment
 from sret_jax.data.augment import Augmentation, mixup_cutmix, normalize, random_erasing, random_flip
 from sret_jax.data.decode import random_crop_box
 from sret_jax.data.targets import Targets, label_targets
@@ -140,6 +142,17 @@ def test_random_erasing_fills_with_independent_normal_noise() -> None:
     noise = erased[changed]
     assert stats.kstest(noise[:20_000].ravel(), "norm").pvalue > 0.001
     np.testing.assert_allclose(np.corrcoef(noise.T), np.eye(3), atol=0.01)
+
+
+@pytest.mark.parametrize("height", [1, 40, 41])
+def test_noise_is_normal_and_independent_in_the_rows_that_share_random_bits(height: int) -> None:
+    noise = np.asarray(augment._normal_noise(jax.random.key(0), (50, height, 30, 3)))
+    assert noise.shape == (50, height, 30, 3) and noise.dtype == np.float32
+    assert stats.kstest(noise.ravel()[:20_000], "norm").pvalue > 0.001
+    assert np.abs(noise).max() < 4.33
+    upper, lower = noise[:, 0 : height // 2 * 2 : 2], noise[:, 1::2]
+    if height > 1:  # 90,000 pairs: five standard deviations
+        assert abs(np.corrcoef(upper.ravel(), lower.ravel())[0, 1]) < 5 / math.sqrt(upper.size)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
