@@ -120,7 +120,7 @@ def _run_and_tell() -> None:
 
     loop.open_split = timed("data", loop.open_split)
     loop.make_training = timed("state", loop.make_training)
-    loop.initial_state = timed("state", loop.initial_state)
+    loop.compile_initial_state = timed("state", loop.compile_initial_state)
     loop.Checkpoints.restore_latest = timed("state", loop.Checkpoints.restore_latest)  # type: ignore[method-assign]
     loop.compile_everywhere = compile_in_parts
     evaluation.compile_everywhere = timed("evaluation", evaluation.compile_everywhere)

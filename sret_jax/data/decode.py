@@ -28,6 +28,23 @@ _BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)
 _WHOLE = ResizeOptions(_BICUBIC)
 
 
+def decode_small(encoded: bytes, most_bytes: int) -> np.ndarray | None:
+    """All pixels of an image file, as the following functions take them; None for a JPEG or if they are more bytes.
+
+    Returns:
+      uint8 (height, width, 3), RGB, read-only.
+
+    Raises:
+      Exception: the image is broken; which one depends on its format and the damage.
+    """
+    image = _open(encoded)
+    if isinstance(image.content, bytes) or 3 * image.width * image.height > most_bytes:
+        return None
+    pixels = np.array(_decode(image, 1, image.height))
+    pixels.setflags(write=False)
+    return pixels
+
+
 def random_crops(
     encoded: Encoded,
     image_size: int,

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import optax
@@ -14,7 +14,7 @@ from sret_jax.data.packed_labels import open_soft_labels
 from sret_jax.data.passes import ONE_CROP, Passes, fkd_passes
 from sret_jax.data.pipeline import Batch, train_batches
 from sret_jax.data.soft_labels import LabelType, SoftLabelSet, check_complete
-from sret_jax.data.sources import Source, open_source
+from sret_jax.data.sources import Source, keeping_decoded, open_source
 from sret_jax.errors import UserError
 from sret_jax.models.sret import SReT
 from sret_jax.models.zoo import create_model
@@ -23,7 +23,7 @@ from sret_jax.training.step import (
     Distillation,
     TrainState,
     abstract_state,
-    init_state,
+    compile_init_state,
     make_train_step,
     with_variables,
 )
@@ -35,7 +35,8 @@ def open_split(config: ConfigDict, split: str) -> Source:
     """A split of the data that the config names."""
     data = config.data
     image_size = config.model.image_size or create_model(config.model.name).image_size
-    return open_source(data.source, split, data.path, image_size=image_size, length=data.synthetic_examples)
+    source = open_source(data.source, split, data.path, image_size=image_size, length=data.synthetic_examples)
+    return keeping_decoded(source)
 
 
 def open_labels(config: ConfigDict, source: Source) -> SoftLabelSet | None:
@@ -144,28 +145,33 @@ def make_training(
     return train_step, abstract_state(model, optimizer, mesh, ema=bool(config.ema_decay))
 
 
-def initial_state(
-    config: ConfigDict, model: SReT, epoch_steps: int, mesh: Mesh, say: Callable[[str], None]
-) -> TrainState:
-    """The state before the first step: random, or with the weights that `config.init_from` names.
+def initial_weights(config: ConfigDict, model: SReT, say: Callable[[str], None]) -> Mapping[str, Any] | None:
+    """The variables that `config.init_from` names; None if it names none.
 
     Args:
       config: as for `train`.
       model: the network. A head of another number of classes is replaced, the position embedding resized.
-      epoch_steps: as `steps_per_epoch` says.
-      mesh: of the devices.
       say: called with a line for a person, for each change that the weights needed.
 
     Raises:
       UserError: the weights cannot be read or are of another network.
     """
-    _, optimizer = make_optimizer(config, epoch_steps)
-    state = init_state(model, optimizer, config.seed, mesh, ema=bool(config.ema_decay))
     if not config.init_from:
-        return state
+        return None
     with warnings_to(say):
-        variables = load_variables(config.init_from, model, ema=config.init_ema, fresh_head=True)
-    return with_variables(state, variables, mesh)
+        return load_variables(config.init_from, model, ema=config.init_ema, fresh_head=True)
+
+
+def compile_initial_state(
+    config: ConfigDict, model: SReT, epoch_steps: int, mesh: Mesh, weights: Mapping[str, Any] | None
+) -> Callable[[], TrainState]:
+    """A function that makes the state before the first step, compiled: with these weights, or random ones for None.
+
+    `epoch_steps` is as `steps_per_epoch` says, `weights` as `initial_weights`.
+    """
+    _, optimizer = make_optimizer(config, epoch_steps)
+    init = compile_init_state(model, optimizer, config.seed, mesh, ema=bool(config.ema_decay))
+    return init if weights is None else lambda: with_variables(init(), weights, mesh)
 
 
 def training_batches(

@@ -1,6 +1,6 @@
 """Top-1 and top-5 accuracy over a whole split, every example counted once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,8 +18,6 @@ from sret_jax.training.distributed import check_agreement, compile_everywhere
 from sret_jax.training.mesh import abstract_batch, local_rows, make_mesh, place, put_batch, replicated
 from sret_jax.training.step import Metrics, TrainState, make_eval_step
 from sret_jax.weights.store import load_variables
-
-Evaluate = Callable[[Mapping[str, Any]], dict[str, float]]
 
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
@@ -48,7 +46,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     with warnings_to(print):
         variables = load_variables(path, model, ema=config.init_ema)
     variables = place(variables, jax.tree.map(lambda _: replicated(mesh), variables))
-    metrics = make_evaluation(config, model, source, mesh)(variables)
+    metrics = Evaluation(config, model, source, mesh)(variables)
     if jax.process_index() == 0:
         print(f"weights        {path}{', moving average' if config.init_ema else ''}")
         print(f"test images    {source.name}: {metrics['examples']:,.0f}")
@@ -58,36 +56,42 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     return metrics
 
 
-def make_evaluation(config: ConfigDict, model: SReT, source: Source, mesh: Mesh) -> Evaluate:
-    """A function from variables to their metrics over the whole source, every example counted once."""
-    batch_like = abstract_batch(mesh, config.batch_size, model.image_size, mask=True)
-    jitted, compiled = make_eval_step(model, mesh), None
+class Evaluation:
+    """A function from variables to their metrics over a whole source, every example counted once."""
 
-    def evaluate(variables: Mapping[str, Any]) -> dict[str, float]:
-        nonlocal compiled
-        compiled = eval_step = compiled or compile_everywhere(jitted, variables, batch_like)
+    def __init__(self, config: ConfigDict, model: SReT, source: Source, mesh: Mesh) -> None:
+        self._config, self._model, self._source, self._mesh = config, model, source, mesh
+        self._eval_step: Any = None
+
+    def compile(self, variables: Mapping[str, Any]) -> None:
+        """For arrays or `jax.ShapeDtypeStruct`s with shardings; else the first call does, for its own."""
+        batch_like = abstract_batch(self._mesh, self._config.batch_size, self._model.image_size, mask=True)
+        self._eval_step = compile_everywhere(make_eval_step(self._model, self._mesh), variables, batch_like)
+
+    def __call__(self, variables: Mapping[str, Any]) -> dict[str, float]:
+        """The metrics, and `examples`, how many they are of."""
+        if self._eval_step is None:
+            self.compile(variables)
         batches = eval_batches(
-            source,
-            batch_size=config.batch_size,
-            image_size=model.image_size,
-            crop_ratio=config.data.eval_crop_ratio,
-            rows=local_rows(mesh, config.batch_size),
-            max_broken=config.data.max_broken,
-            num_threads=config.data.threads,
-            num_workers=config.data.workers,
+            self._source,
+            batch_size=self._config.batch_size,
+            image_size=self._model.image_size,
+            crop_ratio=self._config.data.eval_crop_ratio,
+            rows=local_rows(self._mesh, self._config.batch_size),
+            max_broken=self._config.data.max_broken,
+            num_threads=self._config.data.threads,
+            num_workers=self._config.data.workers,
         )
         sums: list[Metrics] = []
         for batch in batches:
-            sums.append(eval_step(variables, put_batch(batch, mesh)))
+            sums.append(self._eval_step(variables, put_batch(batch, self._mesh)))
             jax.block_until_ready(sums[-2:][0])  # else batches pile up on the device
         totals = {name: float(np.sum([s[name] for s in jax.device_get(sums)])) for name in sums[0]}
         examples = totals.pop("examples")
         return {**{name: total / examples for name, total in totals.items()}, "examples": examples}
 
-    return evaluate
 
-
-def evaluate_state(evaluate: Evaluate, state: TrainState) -> dict[str, float]:
+def evaluate_state(evaluate: Evaluation, state: TrainState) -> dict[str, float]:
     """Metrics of the weights, and, with `ema_` before their names, of the moving average if there is one."""
     metrics = evaluate(state.variables)
     if state.ema is not None:

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ from sret_jax.models.cost import count_macs, count_params
 from sret_jax.models.sret import SReT
 from sret_jax.models.zoo import create_model
 from sret_jax.training.build import (
-    initial_state,
+    compile_initial_state,
+    initial_weights,
     make_model,
     make_passes,
     make_teachers,
@@ -31,7 +32,7 @@ from sret_jax.training.build import (
 from sret_jax.training.checkpoints import Checkpoints
 from sret_jax.training.config import base_config, check_config, identity
 from sret_jax.training.distributed import check_agreement, compile_everywhere
-from sret_jax.training.evaluation import evaluate_state, make_evaluation
+from sret_jax.training.evaluation import Evaluation, evaluate_state
 from sret_jax.training.mesh import abstract_batch, local_rows, make_mesh, put_batch
 from sret_jax.training.preemption import Preempted, Preemption
 from sret_jax.training.profile import Profile
@@ -77,7 +78,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     taught_by = [teacher.digest() for teacher in teachers]
     check_agreement("the teachers", "".join(taught_by))
     train_step, like = make_training(config, model, epoch_steps, mesh, teachers)
-    evaluate = make_evaluation(config, model, eval_source, mesh)
+    evaluate = Evaluation(config, model, eval_source, mesh)
     what_decides = {
         **identity(config),
         "training images": len(train_source.examples),
@@ -95,8 +96,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     )
     with checkpoints, Preemption() as preemption:
         restored = checkpoints.restore_latest(like, said.append)
-        state, evaluation = restored or (initial_state(config, model, epoch_steps, mesh, said.append), {})
-        first_step = int(state.step)
+        first_step = int(restored[0].step) if restored else 0
+        weights = None if restored else initial_weights(config, model, said.append)
         report = Report(
             workdir,
             total_steps=total_steps,
@@ -124,11 +125,21 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 batch_like = abstract_batch(
                     mesh, config.batch_size, model.image_size, soft_classes=soft_classes(config, model.num_classes)
                 )
-                with ThreadPoolExecutor(1) as thread:  # while the step compiles, images are decoded
-                    first_batch = thread.submit(next, batches)
+                with ThreadPoolExecutor(3) as threads:  # while the train step compiles
+                    first_batch = threads.submit(next, batches)
+                    if not restored:
+                        make_state = threads.submit(compile_initial_state, config, model, epoch_steps, mesh, weights)
+                    if _compiles_side_by_side(mesh):
+                        compiled = threads.submit(evaluate.compile, like.variables)
+                    else:
+                        wait([] if restored else [make_state])
+                        compiled = None
                     train_step = compile_everywhere(train_step, like, batch_like, *frozen)
+                if compiled:
+                    compiled.result()  # raises what it raised
                 batches = itertools.chain([first_batch.result()], batches)
 
+            state, evaluation = restored or (make_state.result()(), {})
             recent = StepMetrics(checkpoints, config.max_skipped_steps)
             for step in range(first_step + 1, total_steps + 1):
                 waited, batch = _timed(lambda: next(batches))
@@ -162,6 +173,15 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 best_checkpoint=checkpoints.path(checkpoints.best_step() or total_steps),
             )
     return evaluation
+
+
+def _compiles_side_by_side(mesh: Mesh) -> bool:
+    """Whether programs may be compiled at the same time.
+
+    Not for GPUs: there XLA times kernels as it compiles, and records cuDNN's, which fails where others work meanwhile.
+    Nor where several hosts wait for each other after each program: these have to be the same ones.
+    """
+    return jax.process_count() == 1 and mesh.devices.flat[0].platform != "gpu"
 
 
 def _timed(do: Callable[[], Any]) -> tuple[float, Any]:

@@ -54,13 +54,23 @@ def init_state(
     model: SReT, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, *, ema: bool = False
 ) -> TrainState:
     """The state before the first step, the same on any mesh; `ema` is whether to keep a moving average."""
+    return compile_init_state(model, optimizer, seed, mesh, ema=ema)()
+
+
+def compile_init_state(
+    model: SReT, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, *, ema: bool = False
+) -> Callable[[], TrainState]:
+    """`init_state`, compiled, for whoever calls it later; until then, no device computes."""
 
     def init() -> TrainState:
         return _first_state(init_variables(model, jax.random.key(seed)), optimizer, ema)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh, ema=ema))
     options = _COMPILED_QUICKLY.get(mesh.devices.flat[0].platform)
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)()
+    compiled: Callable[[], TrainState] = (
+        jax.jit(init, out_shardings=shardings, compiler_options=options).lower().compile()
+    )
+    return compiled
 
 
 def abstract_state(

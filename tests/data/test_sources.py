@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import resource
 import shutil
 import socket
@@ -20,7 +21,7 @@ from sklearn.model_selection import train_test_split
 
 from sret_jax.data import digits, sources
 from sret_jax.data.reading import UnreadableError
-from sret_jax.data.sources import open_source
+from sret_jax.data.sources import Source, open_source
 from sret_jax.errors import UserError
 
 
@@ -339,3 +340,62 @@ def test_synthetic_examples_have_the_shape_length_and_classes_asked_for() -> Non
     assert (pixels.min(), pixels.max()) == (0, 255)
     with pytest.raises(IndexError):
         source.examples[400]
+
+
+class _Counted:
+    """Examples of some images, that count how often each is read."""
+
+    def __init__(self, *images: bytes | np.ndarray) -> None:
+        self.images, self.reads = images, [0] * len(images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        self.reads[index] += 1
+        return {"image": self.images[index], "label": index, "key": str(index)}
+
+    def keys(self) -> list[str]:
+        return ["all"]
+
+
+def _file(pixels: np.ndarray, format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+def test_small_images_are_read_and_decoded_once_and_others_as_ever() -> None:
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    large, pixels = np.zeros((160, 160, 3), np.uint8), np.ones((8, 8, 1), np.uint8)
+    counted = _Counted(_file(grey), _file(grey, "JPEG"), _file(large), b"no image", b"", pixels)
+    kept = sources.keeping_decoded(Source(counted, 6, "some"))
+    assert (kept.name, kept.digest()) == ("some", Source(counted, 6, "some").digest())
+    seen = [[kept.examples[index] for index in range(len(kept.examples))] for _ in range(2)]
+    assert counted.reads == [1, 2, 2, 2, 2, 2]
+    for examples in seen:
+        np.testing.assert_array_equal(examples[0]["image"], np.repeat(grey[..., None], 3, axis=2))
+        assert [example["image"] for example in examples[1:5]] == list(counted.images[1:5])
+        assert examples[5]["image"] is pixels
+        assert [(example["label"], example["key"]) for example in examples] == [(i, str(i)) for i in range(6)]
+    assert kept.examples.keys() == ["all"]
+    assert not hasattr(kept.examples, "file_name")
+    with pytest.raises(ValueError, match="read-only"):
+        seen[0][0]["image"][0] = 1
+
+
+def test_kept_images_go_to_other_processes() -> None:
+    kept = sources.keeping_decoded(Source(_Counted(_file(np.zeros((8, 8), np.uint8))), 1, "one"))
+    assert kept.examples[0]["image"].shape == (8, 8, 3)
+    copied = pickle.loads(pickle.dumps(kept.examples))
+    assert (len(copied), copied[0]["image"].shape, copied.keys()) == (1, (8, 8, 3), ["all"])
+
+
+def test_no_more_is_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_MOST_KEPT_BYTES", 2 * 8 * 8 * 3)
+    counted = _Counted(*[_file(np.full((8, 8), value, np.uint8)) for value in range(4)])
+    kept = sources.keeping_decoded(Source(counted, 4, "some"))
+    for _ in range(3):
+        for index in range(4):
+            kept.examples[index]
+    assert counted.reads == [1, 1, 3, 3]
