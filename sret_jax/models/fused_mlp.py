@@ -29,9 +29,14 @@ from sret_jax.models.tpu_kernels import (
     product,
 )
 
-_MOST_ROWS = 256  # tokens that are computed together
-# Of a layer's weights and their gradients on the chip. A TPU v4 has 16 MiB for a kernel, others several times as much.
+# A TPU v4 has 16 MiB for a kernel, others several times as much: of a layer's weights and their gradients there, and of
+# the hidden channels, float32, of tokens that are computed together, and how many these are.
 _MOST_WEIGHT_BYTES = 9 << 20
+_MOST_HIDDEN_BYTES = 1 << 20
+_MOST_ROWS = 256
+
+# A TPU multiplies float32 as three parts of bfloat16.
+_BYTES_OF_PARTS = 3 * 2
 
 
 class Weights(NamedTuple):
@@ -47,8 +52,12 @@ class Weights(NamedTuple):
 
 def weights_fit(width: int, hidden: int, dtype: DTypeLike) -> bool:
     """Whether the weights of an MLP and their gradients leave enough of any TPU's vector memory to the tokens."""
-    shapes = ((width, hidden), (hidden, width))
-    return sum(held_bytes(shape, kind) for shape in shapes for kind in (dtype, jnp.float32)) <= _MOST_WEIGHT_BYTES
+    held = 0
+    for shape in ((width, hidden), (hidden, width)):
+        held += held_bytes(shape, dtype) + held_bytes(shape, jnp.float32)
+        if jnp.dtype(dtype) == jnp.float32:
+            held += _BYTES_OF_PARTS * held_bytes(shape, jnp.int8)
+    return held <= _MOST_WEIGHT_BYTES
 
 
 def fused_mlp(
@@ -100,14 +109,15 @@ class _Plan(NamedTuple):
     interpret: bool
 
 
-def _for_each_tile(x_ref: Any, do: Any) -> None:
+def _for_each_tile(x_ref: Any, hidden: int, do: Any) -> None:
     """`do(image, rows)` for all tokens of a program's images; `rows`: some tokens that are computed together."""
     from jax.experimental import pallas as pl
 
     images, tokens, _ = x_ref.shape
-    size = min(tokens, _MOST_ROWS)
+    most = ROWS * max(min(_MOST_ROWS, _MOST_HIDDEN_BYTES // held_bytes((1, hidden), jnp.float32)) // ROWS, 1)
+    size = min(tokens, most)
     if tokens > size and tokens % ROWS == 0:
-        size = ROWS * largest_divisor(tokens // ROWS, _MOST_ROWS // ROWS)
+        size = ROWS * largest_divisor(tokens // ROWS, most // ROWS)
 
     def one_image(image: Any, _: None) -> None:
         for_each_tile(0, tokens, size, lambda first, count: do(image, pl.ds(first, count)))
@@ -159,7 +169,7 @@ def _forward_kernel(
         y = product((hidden * cdf).astype(kernel2.dtype), kernel2[...], (1, 0)) + bias2[...]
         out_ref[image, rows] = (keep * x + scales_ref[before + image] * y).astype(out_ref.dtype)
 
-    _for_each_tile(x_ref, tile)
+    _for_each_tile(x_ref, kernel1.shape[1], tile)
 
 
 def _backward_kernel(
@@ -217,7 +227,7 @@ def _backward_kernel(
         keep_grad[...] += (grad * x).sum(0, keepdims=True)
         out_ref[image, rows] = (keep * grad + x_grad).astype(out_ref.dtype)
 
-    _for_each_tile(x_ref, tile)
+    _for_each_tile(x_ref, kernel1.shape[1], tile)
 
 
 def _call(plan: _Plan, sequences: tuple[jax.Array, ...], scales: jax.Array, whole: tuple[jax.Array, ...]) -> Any:

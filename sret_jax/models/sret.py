@@ -57,7 +57,8 @@ class SReT(nn.Module):
         of up to 64 applications, on CPUs in training alone, where it is faster, and takes a quarter of the memory of
         accelerators.
       attention: "xla", products; "pieces", the same for a few slices and heads at a time; "pallas", a fused kernel for
-        TPUs; "cudnn", NVIDIA's, for bfloat16 on GPUs. None is what is fastest on `platform`. Where dropout on attention
+        TPUs (a v4 has room for it in bfloat16 at 224 pixels, but not for float32 or many more: give "xla" there);
+        "cudnn", NVIDIA's, for bfloat16 on GPUs. None is what is fastest on `platform`. Where dropout on attention
         weights is active, they are plain products.
       mlp: how the blocks' MLPs and the non-linear projection layers are computed: "xla", products; "pallas", a fused
         kernel for TPUs, with norm and residual connection. None is what is fastest on `platform`. Where dropout in

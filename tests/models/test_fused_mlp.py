@@ -127,6 +127,11 @@ def test_bfloat16_is_as_written_out(shape):
     assert_as_written_out(2, *shape, "bfloat16")
 
 
+@pytest.mark.parametrize("tokens", [300, 320])
+def test_wide_layers_take_few_tokens_at_a_time(tokens):
+    assert_as_written_out(1, tokens, 8, 4000, "float32")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [s for s in zoo_shapes(384) + zoo_shapes(512) if s[0] < 1000], ids=str)
 def test_every_shape_of_larger_images_is_as_written_out(shape):

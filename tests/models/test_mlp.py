@@ -108,7 +108,9 @@ def test_the_fastest_implementation_is_chosen_by_platform_and_size() -> None:
     # 12 bytes for each pair of a token's and a hidden channel, of the 9 MiB that weights may take
     assert mlp.fastest("tpu", 512, 1536, jnp.bfloat16) == "pallas"
     assert mlp.fastest("tpu", 512, 1664, jnp.bfloat16) == "xla"
-    assert mlp.fastest("tpu", 512, 1536, jnp.float32) == "xla"  # 16 bytes
+    # 28 bytes, of which 12 are the parts that float32 is multiplied in
+    assert mlp.fastest("tpu", 512, 640, jnp.float32) == "pallas"
+    assert mlp.fastest("tpu", 512, 768, jnp.float32) == "xla"
 
 
 def test_a_field_of_the_network_overrides_what_is_fastest() -> None:

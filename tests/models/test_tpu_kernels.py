@@ -30,7 +30,8 @@ def test_a_program_takes_as_many_images_as_fit_and_divide_the_batch():
     assert [largest_divisor(12, limit) for limit in (0, 1, 5, 12, 100)] == [1, 1, 4, 12, 12]
 
 
-# A v4 has the least vector memory. Its smallest slice has four chips, of which one is taken.
+# A v4 has the least vector memory, too little for attention in float32 or of larger images. Its smallest slice has four
+# chips, of which one is taken.
 @pytest.mark.by_hand
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v4:2x2x1"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -40,6 +41,8 @@ def test_the_compiler_takes_every_shape_of_the_zoo(image_size, dtype, topology):
         if weights_fit(width, hidden, dtype):
             *arguments, grad = jax.eval_shape(functools.partial(test_fused_mlp.draw, 8, tokens, width, hidden, dtype))
             compile_for_tpus(topology, functools.partial(fused_mlp, epsilon=1e-6), grad, *arguments)
+    if topology.startswith("v4") and (image_size, dtype) != (224, "bfloat16"):
+        return
     for tokens, width, heads, groups in test_fused_attention.zoo_shapes(image_size):
         qkv, grad = (jax.ShapeDtypeStruct((8, tokens, k * width), dtype) for k in (3, 1))
         compile_for_tpus(topology, functools.partial(fused_attention, heads=heads, groups=groups), grad, qkv)
