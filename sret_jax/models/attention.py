@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sret_jax.models.fused_attention import fused_attention
-from sret_jax.models.layers import Dense, largest_divisor, matmul_precision, permute_tokens, recomputed_on_cpus
+from sret_jax.models.layers import (
+    CHANNELS_OF_GPUS,
+    Dense,
+    largest_divisor,
+    matmul_precision,
+    padded_channels,
+    permute_tokens,
+    recomputed_on_cpus,
+    zero_padded,
+)
 
 # Scores of one layer that stay in a CPU's caches without being cut up, and of one piece of those that do not, in
 # bytes of float32: docs/performance.md.
@@ -192,8 +201,8 @@ def _attend_by_cudnn(qkv: jax.Array, heads: int, groups: int) -> jax.Array:
     batch, tokens, width = qkv.shape[0], qkv.shape[1] // groups, qkv.shape[2] // 3 // heads
     # b (g m) (3 h d) -> (b g) m h d for each of the three. The gradient of a split is one concatenation.
     parts = (part.reshape(batch * groups, tokens, heads, width) for part in jnp.split(qkv, 3, axis=-1))
-    padding = ((0, 0), (0, tokens % 2), (0, 0), (0, -width % 8))
-    query, key, value = (jnp.pad(part, padding) for part in parts)
+    shape = batch * groups, tokens + tokens % 2, heads, padded_channels(width, CHANNELS_OF_GPUS)
+    query, key, value = (zero_padded(part, *shape) for part in parts)
     lengths = jnp.full((batch * groups,), tokens, jnp.int32) if tokens % 2 else None
     x = jax.nn.dot_product_attention(
         query,

@@ -45,7 +45,7 @@ def zero_padded(x: jax.Array, *shape: int) -> jax.Array:
 
 
 def padded_channels(channels: int, multiple: int) -> int:
-    """The next multiple."""
+    """So many channels, rounded up to a multiple."""
     return -(-channels // multiple) * multiple
 
 
@@ -266,10 +266,10 @@ def _in_whole_vectors(convolve: Callable[[jax.Array, jax.Array], jax.Array]) -> 
 
     def padded(x: jax.Array, kernel: jax.Array) -> jax.Array:
         features = kernel.shape[-1]
-        missing = -features % 16
-        if not 0 < missing <= features // 8:
-            return convolve(x, kernel)
-        return convolve(x, jnp.pad(kernel, [(0, 0)] * 3 + [(0, missing)]))[..., :features]
+        whole = padded_channels(features, 16)
+        if whole - features > features // 8:
+            whole = features
+        return convolve(x, zero_padded(kernel, *kernel.shape[:-1], whole))[..., :features]
 
     return padded
 

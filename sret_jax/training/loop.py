@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -127,16 +127,17 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 )
                 with ThreadPoolExecutor(3) as threads:  # while the train step compiles
                     first_batch = threads.submit(next, batches)
+                    others: list[Future[Any]] = []
                     if not restored:
                         make_state = threads.submit(compile_initial_state, config, model, epoch_steps, mesh, weights)
+                        others.append(make_state)
                     if _compiles_side_by_side(mesh):
-                        compiled = threads.submit(evaluate.compile, like.variables)
+                        others.append(threads.submit(evaluate.compile, like.variables))
                     else:
-                        wait([] if restored else [make_state])
-                        compiled = None
+                        wait(others)
                     train_step = compile_everywhere(train_step, like, batch_like, *frozen)
-                if compiled:
-                    compiled.result()  # raises what it raised
+                for other in others:
+                    other.result()  # raises what it raised
                 batches = itertools.chain([first_batch.result()], batches)
 
             state, evaluation = restored or (make_state.result()(), {})

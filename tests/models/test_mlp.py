@@ -59,6 +59,15 @@ def test_mlp_equals_numpy(scales: np.ndarray | None, platform: str) -> None:
     np.testing.assert_allclose(y, 0.7 * x - 2 * branch, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("platform", "hidden"), [("cpu", 6), ("gpu", 8), ("tpu", 6)])
+def test_hidden_channels_are_whole_vectors_on_gpus_alone(platform: str, hidden: int) -> None:
+    layer, x, one = MLP(4, 6, layer_norm(jnp.float32, "norm"), platform=platform), _normal(2, 3, 4), jnp.float32(1)
+    variables = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, one, one, None, train=True))
+    found = operations(lambda v: layer.apply(v, x, one, one, None, train=True), variables)
+    products = [e.outvars[0].aval.shape[-1] for e, _ in found if e.primitive.name == "dot_general"]
+    assert products == [hidden, 4]
+
+
 def test_mlp_drops_hidden_units_and_outputs() -> None:
     # Through identities and at 10, where GELU is the identity, an output is 0 or 10 / (1 − rate)².
     layer, variables = _through_identities(np.full(4, 10, np.float32), rate=0.5)
