@@ -109,15 +109,20 @@ class _Plan(NamedTuple):
     interpret: bool
 
 
+def rows_of_tile(tokens: int, hidden: int) -> int:
+    """How many of an image's tokens are computed together."""
+    most = ROWS * max(min(_MOST_ROWS, _MOST_HIDDEN_BYTES // held_bytes((1, hidden), jnp.float32)) // ROWS, 1)
+    if tokens > most and tokens % ROWS == 0:
+        return ROWS * largest_divisor(tokens // ROWS, most // ROWS)
+    return min(tokens, most)
+
+
 def _for_each_tile(x_ref: Any, hidden: int, do: Any) -> None:
     """`do(image, rows)` for all tokens of a program's images; `rows`: some tokens that are computed together."""
     from jax.experimental import pallas as pl
 
     images, tokens, _ = x_ref.shape
-    most = ROWS * max(min(_MOST_ROWS, _MOST_HIDDEN_BYTES // held_bytes((1, hidden), jnp.float32)) // ROWS, 1)
-    size = min(tokens, most)
-    if tokens > size and tokens % ROWS == 0:
-        size = ROWS * largest_divisor(tokens // ROWS, most // ROWS)
+    size = rows_of_tile(tokens, hidden)
 
     def one_image(image: Any, _: None) -> None:
         for_each_tile(0, tokens, size, lambda first, count: do(image, pl.ds(first, count)))

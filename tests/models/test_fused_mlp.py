@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sret_jax import UserError, create_model, list_models
-from sret_jax.models.fused_mlp import Weights, fused_mlp, weights_fit
+from sret_jax.models.fused_mlp import Weights, fused_mlp, rows_of_tile, weights_fit
 from sret_jax.models.layers import layer_norm
 from sret_jax.models.mlp import MLP
 from sret_jax.plan.collectives import find_collectives
@@ -129,6 +129,10 @@ def test_bfloat16_is_as_written_out(shape):
 
 @pytest.mark.parametrize("tokens", [300, 320])
 def test_wide_layers_take_few_tokens_at_a_time(tokens):
+    # 1 MiB holds 64 rows of 4096 channels in float32, 170 of 1536
+    assert rows_of_tile(tokens, 4000) == 64
+    assert [rows_of_tile(256, 1512), rows_of_tile(196, 1512), rows_of_tile(49, 1512)] == [128, 160, 49]
+    assert [rows_of_tile(784, 230), rows_of_tile(300, 230), rows_of_tile(5, 10**6)] == [112, 256, 5]
     assert_as_written_out(1, tokens, 8, 4000, "float32")
 
 
