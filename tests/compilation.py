@@ -4,4 +4,5 @@
 def variables(devices: int) -> dict[str, str]:
     """Environment variables to be set before JAX starts, for a process with so many CPU devices."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
-    return {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    # On CPUs wherever they run: JAX's plugin for GPUs does not know the flags, and ends the process.
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

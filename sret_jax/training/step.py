@@ -18,8 +18,12 @@ from sret_jax.training.mesh import place, replicated, sharded, split_batch
 from sret_jax.training.optimizer import Schedule
 from sret_jax.training.teacher import Teacher, teacher_probabilities
 
-# XLA's CPU backend takes optimization barriers away before it fuses, which is what the network has them for.
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}}
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    # XLA's CPU backend takes optimization barriers away before it fuses, which is what the network has them for.
+    "cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"},
+    # Products by cuBLAS: those that XLA finds by a search among Triton's take up to 1.6 times as long (sret_s).
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
 """For programs that train, by platform."""
 
 _COMPILED_QUICKLY: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 0}}
