@@ -19,6 +19,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; flags start with --")
     # Slow to import: flags are checked first.
+    from sret_jax.host_memory import keep_freed_memory
     from sret_jax.training.compilation_cache import use_compilation_cache
     from sret_jax.training.config import check_config
     from sret_jax.training.distributed import connect
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> None:
     workdir = _WORKDIR.value or f"runs/{Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem}"
     check_config(config)
     connect(config.distributed)
+    keep_freed_memory()
     use_compilation_cache(config, workdir)
     if config.mode == "eval":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which `connect` may have taken over: here is nothing to save

@@ -113,7 +113,16 @@ def random_batch(model: SReT, batch_size: int) -> dict[str, np.ndarray]:
 
 
 def in_own_process(function: Callable[..., Any], *args: Any, environment: Mapping[str, str] | None = None) -> Any:
-    """What the function returns in a new process with these environment variables: its memory and its end are its own.
+    """What the function returns in a new process with these environment variables: see `own_process`."""
+    with own_process(environment) as call:
+        return call(function, *args)
+
+
+@contextlib.contextmanager
+def own_process(environment: Mapping[str, str] | None = None) -> Iterator[Callable[..., Any]]:
+    """A new process with these environment variables, whose memory and end are its own.
+
+    What is yielded calls a function there, with arguments, and returns what it returns.
 
     Raises:
       RuntimeError: the process ended before it returned anything; and whatever the function raises.
@@ -122,10 +131,14 @@ def in_own_process(function: Callable[..., Any], *args: Any, environment: Mappin
         mock.patch.dict(os.environ, environment or {}),
         ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
-        try:
-            return pool.submit(function, *args).result()
-        except BrokenProcessPool as error:
-            raise RuntimeError("its process died") from error
+
+        def call(function: Callable[..., Any], *args: Any) -> Any:
+            try:
+                return pool.submit(function, *args).result()
+            except BrokenProcessPool as error:
+                raise RuntimeError("its process died") from error
+
+        yield call
 
 
 def run_program(main: Callable[[], None]) -> None:

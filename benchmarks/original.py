@@ -18,7 +18,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from unittest import mock
 
 # Two frameworks share the device, and compilation is to be compilation.
@@ -35,6 +35,7 @@ import torch
 import sret_jax
 from sret_jax import SReT, UserError, create_model, list_models
 from sret_jax.data.augment import Augmentation, normalize
+from sret_jax.host_memory import keep_freed_memory
 from sret_jax.models.cost import count_macs
 from sret_jax.plan.devices import CHIPS
 from sret_jax.training.mesh import make_mesh, put_batch
@@ -114,36 +115,98 @@ def main() -> None:
 
 
 def measure_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Facts of a network, and a line for each batch size, program and contender."""
+    """Facts of a network, and a line for each batch size, program and contender.
+
+    The original computes in a process of its own: here memory is treated as `train.py` does, there as PyTorch does, and
+    neither library's compiling is in the other's way.
+    """
+    if args.keep_memory != "none":
+        keep_freed_memory()
     jax.config.update("jax_enable_compilation_cache", False)  # nothing is left behind
-    _let_torch_compute_alike()
     models = _models(case, args.field, args.attention)
     first = next(iter(models.values()))
-    original = build_original(first, args.checkout)
-    weights = {name: tensor.numpy() for name, tensor in original.state_dict().items()}
-    variables = sret_jax.from_torch_state_dict(weights, first)
-    original.to(_torch_device())
-    found: dict[str, Any] = {
-        "image_size": first.image_size,
-        "macs": count_macs(first),
-        "device": measure.device_facts(),
-        "torch_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "logit_differences": {},
-        "lines": [],
-    }
-    differing = {}
-    for name, model in models.items():
-        outcome: dict[str, Any] = {}
-        with measure.failing_into(outcome):
-            found["logit_differences"][name] = _checked_difference(case, original, model, variables)
-        differing[name] = outcome.get("failure")
-    for batch_size, key in itertools.product(args.batch_size, args.program):
-        program = PROGRAMS[key]
-        builders = _builders(program, case, args, original, models, variables, batch_size)
-        lines = {name: _line(program, name, batch_size, differing.get(name)) for name in builders}
-        _time_in_turns(builders, lines, args)
-        found["lines"] += lines.values()
+    with measure.own_process() as call:
+        torch_device, weights = call(_load_original, case, args)
+        variables = sret_jax.from_torch_state_dict(weights, first)
+        found: dict[str, Any] = {
+            "image_size": first.image_size,
+            "macs": count_macs(first),
+            "device": measure.device_facts(),
+            "torch_device": torch_device,
+            "logit_differences": {},
+            "lines": [],
+        }
+        differing = {}
+        for name, model in models.items():
+            outcome: dict[str, Any] = {}
+            with measure.failing_into(outcome):
+                found["logit_differences"][name] = _checked_difference(case, call, model, variables)
+            differing[name] = outcome.get("failure")
+        for batch_size, key in itertools.product(args.batch_size, args.program):
+            program = PROGRAMS[key]
+            builders = _builders(program, case, args, call, models, variables, batch_size)
+            lines = {name: _line(program, name, batch_size, differing.get(name)) for name in builders}
+            _time_in_turns(builders, lines, args, call)
+            found["lines"] += lines.values()
     return found
+
+
+# What the original's process holds: its network, and by name what its contenders execute.
+_original: dict[str, Any] = {}
+
+
+def _load_original(case: Case, args: argparse.Namespace) -> tuple[str, dict[str, np.ndarray]]:
+    """The device and the weights."""
+    if args.keep_memory == "both":
+        keep_freed_memory()
+    _let_torch_compute_alike()
+    model = next(iter(_models(case, args.field, args.attention).values()))
+    network = build_original(model, args.checkout)
+    weights = {name: tensor.numpy().copy() for name, tensor in network.state_dict().items()}
+    _original.update(model=model, network=network.to(_torch_device()))
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", weights
+
+
+def _original_logits(dtype: str, permutations: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Of the images that `_checked_difference` takes, with these permutations."""
+    drawn = [
+        torch.from_numpy(order)
+        for stage in permutations
+        if stage is not None
+        for order in stage.reshape(-1, stage.shape[-1])
+    ]
+    network, batch = _original["network"].eval(), measure.random_batch(_original["model"], CHECKED_IMAGES)
+    with mock.patch.object(torch, "randperm", lambda tokens: drawn.pop(0)), torch.inference_mode(), _autocast(dtype):
+        logits = network(_torch_images(batch)).float().cpu().numpy()
+    if drawn:
+        raise UserError(f"the original drew {len(drawn)} permutations too few: not the same network")
+    return cast(np.ndarray, logits)
+
+
+def _make_original_ready(program: str, batch_size: int, dtype: str, contender: str) -> dict[str, Any]:
+    """Its figures."""
+    make = {"forward": _torch_forward, "train step": _torch_train_step}[program]
+    batch = measure.random_batch(_original["model"], batch_size)
+    ready = make(_original["network"], batch, dtype, contender == "compile")
+    _original[contender] = ready.run
+    return ready.figures
+
+
+def _run_original(contender: str, times: int) -> None:
+    _original[contender](times)
+
+
+def _gigabytes_of_original() -> float:
+    return torch.cuda.memory_reserved() / 1e9
+
+
+def _free_original() -> None:
+    for contender in CONTENDERS:
+        _original.pop(contender, None)
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def build_original(model: SReT, checkout: Path) -> torch.nn.Module:
@@ -204,60 +267,69 @@ def _builders(
     program: str,
     case: Case,
     args: argparse.Namespace,
-    original: torch.nn.Module,
+    call: Callable[..., Any],
     models: Mapping[str, SReT],
     variables: Any,
     batch_size: int,
 ) -> dict[str, Callable[[], Ready]]:
     """What makes each contender, by its name; the original first."""
-    batch = measure.random_batch(next(iter(models.values())), batch_size)
-    theirs, ours = {"forward": (_torch_forward, _forward), "train step": (_torch_train_step, _train_step)}[program]
+
+    def original(contender: str) -> Ready:
+        figures = call(_make_original_ready, program, batch_size, case.dtype, contender)
+        return Ready(functools.partial(call, _run_original, contender), figures)
+
     builders: dict[str, Callable[[], Ready]] = {}
     for contender in args.contender:
-        compiled = contender == "compile"
-        builders[CONTENDERS[contender]] = functools.partial(theirs, original, batch, case.dtype, compiled)
+        builders[CONTENDERS[contender]] = functools.partial(original, contender)
+    batch = measure.random_batch(next(iter(models.values())), batch_size)
+    ours = {"forward": _forward, "train step": _train_step}[program]
     for name, model in models.items():
         builders[name] = functools.partial(ours, model, variables, batch)
     return builders
 
 
 def _time_in_turns(
-    builders: Mapping[str, Callable[[], Ready]], lines: Mapping[str, dict[str, Any]], args: argparse.Namespace
+    builders: Mapping[str, Callable[[], Ready]],
+    lines: Mapping[str, dict[str, Any]],
+    args: argparse.Namespace,
+    call: Callable[..., Any],
 ) -> None:
     """Add seconds and figures to the lines. One that fails says so in its line, and the rest goes on."""
     ready: dict[str, measure.Measure] = {}
     for name, build in builders.items():
         if "failure" not in lines[name]:
-            with _failing_for_memory(lines[name]):
+            with _failing_for_memory(lines[name], call):
                 contender = build()
                 lines[name].update(contender.figures)
                 ready[name] = measure.timer(contender.run, args.seconds)
         print(f"  {lines[name]['program']}, {name}: {lines[name].get('failure') or 'ready'}", file=sys.stderr)
-    guarded = [functools.partial(_guarded, lines[name], measured) for name, measured in ready.items()]
+    guarded = [functools.partial(_guarded, lines[name], measured, call) for name, measured in ready.items()]
     for name, seconds in zip(ready, measure.in_turns(guarded, args.rounds), strict=True):
         if "failure" not in lines[name]:
             lines[name]["seconds"] = seconds.tolist()
     ready.clear()
     guarded.clear()
-    _free_memory()
+    gc.collect()
+    jax.clear_caches()
+    call(_free_original)
 
 
-def _guarded(line: dict[str, Any], measured: measure.Measure, number: int) -> float:
+def _guarded(line: dict[str, Any], measured: measure.Measure, call: Callable[..., Any], number: int) -> float:
     if "failure" not in line:
-        with _failing_for_memory(line):
+        with _failing_for_memory(line, call):
             return measured(number)
     return float("nan")
 
 
 @contextlib.contextmanager
-def _failing_for_memory(line: dict[str, Any]) -> Iterator[None]:
+def _failing_for_memory(line: dict[str, Any], call: Callable[..., Any]) -> Iterator[None]:
     """As `failing_into`; and as two share the device's memory, a line that had too little says what the other had."""
     with measure.failing_into(line):
         yield
     if line.get("failure") == "out of memory" and torch.cuda.is_available():
-        of_jax = (jax.local_devices()[0].memory_stats() or {}).get("pool_bytes", 0)
-        held = of_jax if line["contender"] in CONTENDERS.values() else torch.cuda.memory_reserved()
-        line["failure"] += f", with {held / 1e9:.1f} GB held by the other framework"
+        of_jax = (jax.local_devices()[0].memory_stats() or {}).get("pool_bytes", 0) / 1e9
+        held = of_jax if line["contender"] in CONTENDERS.values() else call(_gigabytes_of_original)
+        line["failure"] += f", with {held:.1f} GB held by the other framework"
 
 
 def _line(program: str, contender: str, batch_size: int, failure: str | None) -> dict[str, Any]:
@@ -402,7 +474,7 @@ def _jax_ready(run: measure.Run, compiled: Any, compile_seconds: float) -> Ready
     return Ready(run, figures)
 
 
-def _checked_difference(case: Case, original: torch.nn.Module, model: SReT, variables: Any) -> float:
+def _checked_difference(case: Case, call: Callable[..., Any], model: SReT, variables: Any) -> float:
     """How far our logits are from the original's, as a part of the largest.
 
     Raises:
@@ -411,21 +483,9 @@ def _checked_difference(case: Case, original: torch.nn.Module, model: SReT, vari
     batch = measure.random_batch(model, CHECKED_IMAGES)
     permutations = _permutations(model)
     ours = jax.jit(model.apply)(variables, normalize(jnp.asarray(batch["image"])), permutations=permutations)
-    drawn = [
-        torch.from_numpy(order)
-        for stage in permutations
-        if stage is not None
-        for order in stage.reshape(-1, stage.shape[-1])
-    ]
-    original.eval()
-    with (
-        mock.patch.object(torch, "randperm", lambda tokens: drawn.pop(0)),
-        torch.inference_mode(),
-        _autocast(case.dtype),
-    ):
-        theirs = original(_torch_images(batch)).float().cpu().numpy()
+    theirs = call(_original_logits, case.dtype, permutations)
     difference = float(np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max())
-    if drawn or not difference <= TOLERANCE[case.dtype]:
+    if not difference <= TOLERANCE[case.dtype]:
         raise UserError(f"logits differ from the original's by {difference:.1e} of the largest: not the same network")
     return difference
 
@@ -440,14 +500,6 @@ def _permutations(model: SReT) -> list[np.ndarray | None]:
         orders = np.tile(np.arange(size * size), (blocks, recursions - 1, 1))
         stages.append(rng.permuted(orders, axis=-1) if recursions > 1 and later > 1 else None)
     return stages
-
-
-def _free_memory() -> None:
-    gc.collect()
-    jax.clear_caches()
-    torch._dynamo.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _print_case(found: Mapping[str, Any]) -> None:
@@ -605,6 +657,12 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--attention", nargs="+", help="values of SReT's field, a line for each")
     measure.add_field_flag(parser)
     parser.add_argument("--all", action="store_true", help="every network of another shape, 224 and 384 pixels, ...")
+    parser.add_argument(
+        "--keep-memory",
+        default="ours",
+        choices=["ours", "both", "none"],
+        help="whose freed memory stays with its process on CPUs: by default ours, as in train.py",
+    )
     parser.add_argument("--rounds", type=measure.positive, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="least length of a turn")
     parser.add_argument("--out", type=Path, help="folder for original.json and original.png")

@@ -16,6 +16,7 @@ import numpy as np
 
 from sret_jax import SReT, create_model
 from sret_jax.data.augment import normalize
+from sret_jax.host_memory import keep_freed_memory
 from sret_jax.models.layers import Pool, matmul_precision
 from sret_jax.training.mesh import make_mesh, put_batch
 from sret_jax.training.step import init_state, make_train_step
@@ -42,6 +43,7 @@ class Program(NamedTuple):
 def main() -> None:
     """Time what the flags ask for and print a table."""
     args = _parse_args()
+    keep_freed_memory()  # as train.py does
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are of compiling
     measure.print_device()
     if args.depth:

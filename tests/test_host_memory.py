@@ -1,0 +1,47 @@
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from sret_jax import host_memory
+
+# Page faults of an execution that needs 80 MB, once it has been executed.
+FAULTS = """
+import resource, sys
+from sret_jax.host_memory import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+import jax, jax.numpy as jnp
+execute = jax.jit(lambda x: (jnp.outer(x, x) @ jnp.outer(x, x + 1)).sum())
+x = jnp.arange(3200.0)
+before = 0
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    execute(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(what: str) -> int:
+    result = subprocess.run([sys.executable, "-c", FAULTS, what], capture_output=True, text=True, check=True)
+    return int(result.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="does nothing elsewhere")
+def test_what_an_execution_frees_is_there_for_the_next() -> None:
+    fresh, kept = faults("fresh"), faults("kept")
+    assert fresh > 10_000  # pages of 4 kB
+    assert kept < fresh / 100
+
+
+@pytest.mark.parametrize(("backend", "library"), [("gpu", "glibc"), ("cpu", "")])
+def test_on_other_devices_and_without_glibc_nothing_is_kept(monkeypatch, backend: str, library: str) -> None:
+    def refuse(*arguments):
+        raise AssertionError("the C library is not to be told anything")
+
+    monkeypatch.setattr(host_memory.jax.config, "update", lambda name, value: None)
+    monkeypatch.setattr(host_memory.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(host_memory.platform, "libc_ver", lambda: (library, ""))
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", refuse)
+    host_memory.keep_freed_memory()
