@@ -155,6 +155,20 @@ def measure_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 _original: dict[str, Any] = {}
 
 
+def _said_in_words(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose errors another process can be told: some of PyTorch's hold what cannot be copied."""
+
+    @functools.wraps(function)
+    def told(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+    return told
+
+
+@_said_in_words
 def _load_original(case: Case, args: argparse.Namespace) -> tuple[str, dict[str, np.ndarray]]:
     """The device and the weights."""
     if args.keep_memory == "both":
@@ -167,6 +181,7 @@ def _load_original(case: Case, args: argparse.Namespace) -> tuple[str, dict[str,
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", weights
 
 
+@_said_in_words
 def _original_logits(dtype: str, permutations: Sequence[np.ndarray | None]) -> np.ndarray:
     """Of the images that `_checked_difference` takes, with these permutations."""
     drawn = [
@@ -183,6 +198,7 @@ def _original_logits(dtype: str, permutations: Sequence[np.ndarray | None]) -> n
     return cast(np.ndarray, logits)
 
 
+@_said_in_words
 def _make_original_ready(program: str, batch_size: int, dtype: str, contender: str) -> dict[str, Any]:
     """Its figures."""
     make = {"forward": _torch_forward, "train step": _torch_train_step}[program]
@@ -192,6 +208,7 @@ def _make_original_ready(program: str, batch_size: int, dtype: str, contender: s
     return ready.figures
 
 
+@_said_in_words
 def _run_original(contender: str, times: int) -> None:
     _original[contender](times)
 
@@ -311,7 +328,8 @@ def _time_in_turns(
     guarded.clear()
     gc.collect()
     jax.clear_caches()
-    call(_free_original)
+    with contextlib.suppress(RuntimeError):  # the original's process died, which its lines say
+        call(_free_original)
 
 
 def _guarded(line: dict[str, Any], measured: measure.Measure, call: Callable[..., Any], number: int) -> float:
@@ -328,8 +346,9 @@ def _failing_for_memory(line: dict[str, Any], call: Callable[..., Any]) -> Itera
         yield
     if line.get("failure") == "out of memory" and torch.cuda.is_available():
         of_jax = (jax.local_devices()[0].memory_stats() or {}).get("pool_bytes", 0) / 1e9
-        held = of_jax if line["contender"] in CONTENDERS.values() else call(_gigabytes_of_original)
-        line["failure"] += f", with {held:.1f} GB held by the other framework"
+        with contextlib.suppress(RuntimeError):  # the original's process died
+            held = of_jax if line["contender"] in CONTENDERS.values() else call(_gigabytes_of_original)
+            line["failure"] += f", with {held:.1f} GB held by the other framework"
 
 
 def _line(program: str, contender: str, batch_size: int, failure: str | None) -> dict[str, Any]:
@@ -362,7 +381,8 @@ def _autocast(dtype: str) -> torch.autocast:
 
 def _torch_images(batch: Mapping[str, np.ndarray]) -> torch.Tensor:
     """Normalised and NCHW, on the device."""
-    images = np.asarray(normalize(jnp.asarray(batch["image"]))).transpose(0, 3, 1, 2)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the GPU's memory is PyTorch's here
+        images = np.asarray(normalize(jnp.asarray(batch["image"]))).transpose(0, 3, 1, 2)
     return torch.from_numpy(np.ascontiguousarray(images)).to(_torch_device())
 
 

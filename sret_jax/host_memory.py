@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import threading
 
 import jax
 
@@ -13,14 +14,19 @@ def keep_freed_memory() -> None:
 
     XLA's CPU backend allocates the memory of an execution in one piece. glibc maps so large a piece afresh each time,
     and whoever touches a page of it first waits for the system to find and clear one: a fifth of the processor time of
-    a small network's step. Here glibc takes large pieces from its heap, too, and never gives the heap's end back. As it
-    does so for the first thread alone, programs of one device are executed by the thread that calls them
-    (`jax_cpu_enable_async_dispatch`): calls return when they are done.
+    a small network's step. Here glibc takes large pieces from its heap, too, and never gives the heap's end back. The
+    first thread's heap alone is not bounded, so that programs of one device are executed by the thread that calls them
+    (`jax_cpu_enable_async_dispatch`): calls return when they are done. Programs of several devices gain nothing.
 
-    To be called by programs, in their first thread, before JAX computes anything; not by functions that others may
+    To be called by programs, in their first thread, before JAX finds its devices; not by functions that others may
     call: it is for the whole process, whose memory does not shrink any more. On other devices, and without glibc, as on
     macOS, nothing is kept.
+
+    Raises:
+      RuntimeError: called in another thread.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("keep_freed_memory has to be called in the first thread, whose memory it keeps")
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # is read when JAX finds its devices
     if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

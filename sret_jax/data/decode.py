@@ -29,7 +29,8 @@ _WHOLE = ResizeOptions(_BICUBIC)
 
 
 def decode_small(encoded: bytes, most_bytes: int) -> np.ndarray | None:
-    """All pixels of an image file, as the following functions take them; None for a JPEG or if they are more bytes.
+    """All pixels of an image file, as the following functions take them; None if they are more bytes, or a JPEG that
+    libjpeg decodes to RGB.
 
     Returns:
       uint8 (height, width, 3), RGB, read-only.

@@ -25,7 +25,7 @@ from sret_jax.errors import UserError
 # As many as a process is to have open at the same time, where the system lets it.
 _OPEN_FILES = 65_536
 
-# Of decoded images that are kept in memory, in all and each: MNIST's, the digits' and a part of CIFAR's.
+# Of decoded images that are kept in memory, of a split in a process, and each: those of MNIST, the digits and CIFAR.
 _MOST_KEPT_BYTES = 150 << 20
 _LARGEST_KEPT_BYTES = 64 << 10
 
@@ -151,10 +151,10 @@ class _KeptExamples:
         if isinstance(example["image"], np.ndarray):
             return example
         try:
-            pixels = decode_small(example["image"], _LARGEST_KEPT_BYTES)
+            pixels = decode_small(example["image"], min(_LARGEST_KEPT_BYTES, self._bytes_left))
         except Exception:  # which one depends on the damage
             return example
-        if pixels is None or pixels.nbytes > self._bytes_left:
+        if pixels is None:
             return example
         self._bytes_left -= pixels.nbytes
         self._kept[index] = {**example, "image": pixels}

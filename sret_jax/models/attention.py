@@ -203,6 +203,7 @@ def _attend_by_cudnn(qkv: jax.Array, heads: int, groups: int) -> jax.Array:
     parts = (part.reshape(batch * groups, tokens, heads, width) for part in jnp.split(qkv, 3, axis=-1))
     shape = batch * groups, tokens + tokens % 2, heads, padded_channels(width, CHANNELS_OF_GPUS)
     query, key, value = (zero_padded(part, *shape) for part in parts)
+    # All the same, so that a device that has a part of the batch may read the first of them.
     lengths = jnp.full((batch * groups,), tokens, jnp.int32) if tokens % 2 else None
     x = jax.nn.dot_product_attention(
         query,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sret_jax.errors import UserError
 from sret_jax.models.attention import SlicedAttention
 from sret_jax.models.layers import draw_branch_scales, layer_norm, residual, unit_coefficients
 from sret_jax.models.mlp import MLP, NonLinearProjection
@@ -110,6 +111,12 @@ class RecursiveBlock(nn.Module):
         # `param` would trace the initialisation again wherever they are used: a quarter of the time that tracing takes.
         there = self.has_variable("params", "nlls")
         self.nlls = self.get_variable("params", "nlls") if there else self.param("nlls", self._init_nlls)
+        found = len(self.nlls["coefficients"])
+        if found != self.recursions:
+            raise UserError(
+                f"the variables have NLLs for {found} applications of a block, expected {self.recursions}: they are "
+                "of a network with other recursions"
+            )
 
     def __call__(
         self, x: jax.Array, permutations: jax.Array | None, scales: jax.Array | None, train: bool

@@ -45,7 +45,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Train as the config says, or go on where the workdir's last checkpoint stands.
 
     The result depends on the config alone: a run that was killed and started again, however often, ends with the same
-    parameters, bit for bit, as one that was not (on the same kind and number of devices).
+    parameters, bit for bit, as one that was not (on the same number of CPUs or TPUs; a GPU may round otherwise).
 
     Args:
       config: as `configs/` makes them; `sret_jax.training.config.base_config` explains every key.

@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from sret_jax import SReT, UserError
 from sret_jax.models.recursion import Stage
 from tests.models.jaxprs import operations
 
@@ -77,3 +79,15 @@ def test_residual_connections_are_kept_apart_on_cpus_alone() -> None:
 
     # behind attention, MLP and NLL, of the first application and of the scan's body
     assert [barriers(platform) for platform in ("cpu", "gpu", "tpu")] == [6, 0, 0]
+
+
+@pytest.mark.parametrize("recursions", [1, 3])
+def test_variables_of_other_recursions_are_refused(recursions: int) -> None:
+    def model(recursions: int) -> SReT:
+        fields = dict(image_size=16, widths=(8,), heads=(2,), blocks=(1,), slices=((1, 1),), num_classes=3)
+        return SReT(**fields, recursions=(recursions,))
+
+    images = jnp.zeros((1, 16, 16, 3))
+    variables = model(2).init(jax.random.key(0), images)
+    with pytest.raises(UserError, match=f"NLLs for 2 applications of a block, expected {recursions}"):
+        model(recursions).apply(variables, images)
