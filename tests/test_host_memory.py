@@ -1,14 +1,18 @@
 """What a process keeps of the memory that it frees."""
 
+import os
 import platform
 import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from sret_jax import host_memory
+
+ROOT = Path(__file__).parents[1]
 
 # Page faults of an execution that needs 80 MB, once it has been executed.
 FAULTS = """
@@ -39,6 +43,24 @@ def test_what_an_execution_frees_is_there_for_the_next() -> None:
     if fresh < 80_000_000 / resource.getpagesize() / 2:
         pytest.skip("the system hands out larger pages, of which there are few")
     assert kept < fresh / 100
+
+
+# In train.py's place, what JAX is told when training begins.
+BEGUN = """
+import sys
+import jax, train
+from sret_jax.training import loop
+loop.train = lambda config, workdir: print("asynchronous", jax.config.values["jax_cpu_enable_async_dispatch"])
+sys.argv[1:] = ["--config=configs/digits.py", f"--workdir={sys.argv[1]}"]
+train.run(train.main)
+"""
+
+
+def test_training_begins_with_it(tmp_path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", BEGUN, str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "asynchronous False" in result.stdout, result.stderr
 
 
 def test_another_thread_cannot_have_its_memory_kept() -> None:

@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from sret_jax.data import digits, sources
+from sret_jax.data.decode import decode_small
 from sret_jax.data.reading import UnreadableError
 from sret_jax.data.sources import Source, open_source
 from sret_jax.errors import UserError
@@ -393,9 +394,18 @@ def test_kept_images_go_to_other_processes() -> None:
 
 def test_no_more_is_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_MOST_KEPT_BYTES", 2 * 8 * 8 * 3)
+    decoded: list[bool] = []
+
+    def decode(encoded: bytes, most_bytes: int) -> np.ndarray | None:
+        pixels = decode_small(encoded, most_bytes)
+        decoded.append(pixels is not None)
+        return pixels
+
+    monkeypatch.setattr(sources, "decode_small", decode)
     counted = _Counted(*[_file(np.full((8, 8), value, np.uint8)) for value in range(4)])
     kept = sources.keeping_decoded(Source(counted, 4, "some"))
     for _ in range(3):
         for index in range(4):
             kept.examples[index]
     assert counted.reads == [1, 1, 3, 3]
+    assert decoded == [True, True, *[False] * 6]  # what has no room is not decoded to see that

@@ -1,5 +1,6 @@
 """What the scans give to each application of a block: here, dropout of its own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from sret_jax import SReT, UserError
+from sret_jax.models import recursion
 from sret_jax.models.recursion import Stage
 from tests.models.jaxprs import operations
 
@@ -91,3 +93,34 @@ def test_variables_of_other_recursions_are_refused(recursions: int) -> None:
     variables = model(2).init(jax.random.key(0), images)
     with pytest.raises(UserError, match=f"NLLs for 2 applications of a block, expected {recursions}"):
         model(recursions).apply(variables, images)
+
+
+def test_a_scan_is_traced_once_and_the_initialisation_not_with_it(monkeypatch) -> None:
+    traced = {"block": 0, "initialisation": 0}
+
+    def counted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*arguments: Any) -> Any:
+            traced[what] += 1
+            return function(*arguments)
+
+        return count
+
+    stage = Stage(
+        blocks=4,
+        heads=1,
+        recursions=4,
+        slices=(1, 1),
+        mlp_ratio=1,
+        nll_ratio=1,
+        drop_path_rates=(0,) * 4,
+        platform="gpu",
+        unroll=False,
+    )
+    x = jnp.zeros((1, 4, 8))
+    shapes = jax.eval_shape(lambda: stage.init(jax.random.key(0), x, None, False))
+    monkeypatch.setattr(recursion, "unit_coefficients", counted("block", recursion.unit_coefficients))
+    initialisation = counted("initialisation", recursion.RecursiveBlock._init_nlls)
+    monkeypatch.setattr(recursion.RecursiveBlock, "_init_nlls", initialisation)
+    jax.eval_shape(lambda variables: stage.apply(variables, x, None, False), shapes)
+    # A first application, and one for all the later ones; and Flax sets a lifted module up once to see what it has.
+    assert traced == {"block": 2, "initialisation": 1}
