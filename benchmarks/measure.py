@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import platform
 import shlex
 import sys
@@ -134,11 +135,23 @@ def own_process(environment: Mapping[str, str] | None = None) -> Iterator[Callab
 
         def call(function: Callable[..., Any], *args: Any) -> Any:
             try:
-                return pool.submit(function, *args).result()
+                return pool.submit(_call_telling, function, *args).result()
             except BrokenProcessPool as error:
                 raise RuntimeError("its process died") from error
 
         yield call
+
+
+def _call_telling(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function returns, or an error that another process can be told: some of PyTorch's cannot be copied."""
+    try:
+        return function(*args)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        raise
 
 
 def run_program(main: Callable[[], None]) -> None:

@@ -120,8 +120,7 @@ def measure_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     The original computes in a process of its own: here memory is treated as `train.py` does, there as PyTorch does, and
     neither library's compiling is in the other's way.
     """
-    if args.keep_memory != "none":
-        keep_freed_memory()
+    keep_freed_memory()
     jax.config.update("jax_enable_compilation_cache", False)  # nothing is left behind
     models = _models(case, args.field, args.attention)
     first = next(iter(models.values()))
@@ -155,23 +154,9 @@ def measure_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 _original: dict[str, Any] = {}
 
 
-def _said_in_words(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose errors another process can be told: some of PyTorch's hold what cannot be copied."""
-
-    @functools.wraps(function)
-    def told(*args: Any) -> Any:
-        try:
-            return function(*args)
-        except Exception as error:
-            raise RuntimeError(f"{type(error).__name__}: {error}") from None
-
-    return told
-
-
-@_said_in_words
 def _load_original(case: Case, args: argparse.Namespace) -> tuple[str, dict[str, np.ndarray]]:
     """The device and the weights."""
-    if args.keep_memory == "both":
+    if args.both_keep_memory:
         keep_freed_memory()
     _let_torch_compute_alike()
     model = next(iter(_models(case, args.field, args.attention).values()))
@@ -181,7 +166,6 @@ def _load_original(case: Case, args: argparse.Namespace) -> tuple[str, dict[str,
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", weights
 
 
-@_said_in_words
 def _original_logits(dtype: str, permutations: Sequence[np.ndarray | None]) -> np.ndarray:
     """Of the images that `_checked_difference` takes, with these permutations."""
     drawn = [
@@ -198,7 +182,6 @@ def _original_logits(dtype: str, permutations: Sequence[np.ndarray | None]) -> n
     return cast(np.ndarray, logits)
 
 
-@_said_in_words
 def _make_original_ready(program: str, batch_size: int, dtype: str, contender: str) -> dict[str, Any]:
     """Its figures."""
     make = {"forward": _torch_forward, "train step": _torch_train_step}[program]
@@ -208,7 +191,6 @@ def _make_original_ready(program: str, batch_size: int, dtype: str, contender: s
     return ready.figures
 
 
-@_said_in_words
 def _run_original(contender: str, times: int) -> None:
     _original[contender](times)
 
@@ -677,12 +659,7 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--attention", nargs="+", help="values of SReT's field, a line for each")
     measure.add_field_flag(parser)
     parser.add_argument("--all", action="store_true", help="every network of another shape, 224 and 384 pixels, ...")
-    parser.add_argument(
-        "--keep-memory",
-        default="ours",
-        choices=["ours", "both", "none"],
-        help="whose freed memory stays with its process on CPUs: by default ours, as in train.py",
-    )
+    parser.add_argument("--both-keep-memory", action="store_true", help="on CPUs, the original's process as ours")
     parser.add_argument("--rounds", type=measure.positive, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="least length of a turn")
     parser.add_argument("--out", type=Path, help="folder for original.json and original.png")

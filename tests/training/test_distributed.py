@@ -62,7 +62,7 @@ def test_the_only_process_of_a_host_takes_all_its_devices(plain):
         "distributed.connect(base_config().distributed)\n"
         "print(jax.config.values['jax_cuda_visible_devices'], jax.process_count())"
     )
-    environment = {**os.environ, **SLURM, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, **SLURM}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "all 1"
 

@@ -149,7 +149,7 @@ def _variants() -> Iterator[tuple[str, hostile.Variant]]:
 def results(folder: Path) -> list[dict[str, Any]]:
     """What became of every variant. One that ends the process is told of, and the rest loaded by another."""
     told: list[dict[str, Any]] = []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     for _ in range(MOST_DEATHS):
         command = [sys.executable, __file__, str(folder), str(len(told))]
         process = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=False)
