@@ -92,10 +92,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """The step that has the checkpoint with the best evaluation, None before the first."""
+        """The step that has the checkpoint with the best evaluation, of several the first; None before there is any."""
         self.wait()
         there = self._manager.all_steps()
-        return max((step for step in self._merits if step in there), key=self._merits.__getitem__, default=None)
+        return max((step for step in sorted(self._merits) if step in there), key=self._merits.__getitem__, default=None)
 
     def restore_latest(
         self, like: TrainState, say: Callable[[str], None]
