@@ -101,6 +101,16 @@ def test_a_checkpoint_between_evaluations_is_not_the_best_and_knows_the_last_one
     assert evaluation == {"accuracy": 0.1}
 
 
+def test_of_equally_good_checkpoints_the_first_is_the_best_after_a_restart_too(tmp_path):
+    with open_checkpoints(tmp_path) as checkpoints:
+        for step in (10, 20, 30):
+            checkpoints.save(step, make_state(step), {"accuracy": 0.5}, is_new=True)
+        best = checkpoints.best_step()
+    assert best == 10
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_step() == min(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
+
+
 def test_an_evaluation_of_another_step_makes_no_checkpoint_the_best(tmp_path):
     # The evaluation after step 10 was good, but that step has no checkpoint.
     with open_checkpoints(tmp_path) as checkpoints:
