@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import optax
 
-from sret_jax import SReT, UserError
+from sret_jax import SReT, UserError, compiler_options
 from sret_jax.data.augment import Augmentation
 from sret_jax.training.optimizer import Schedule, adamw, warmup_cosine
 
@@ -75,6 +75,11 @@ def elapsed(run: Run, times: int) -> float:
     start = time.perf_counter()
     run(times)
     return time.perf_counter() - start
+
+
+def forward(model: SReT) -> Any:
+    """A network's forward pass, (variables, images) -> logits, jitted as this library does."""
+    return jax.jit(model.apply, compiler_options=compiler_options())
 
 
 def compile_uncached(function: Any, *args: Any) -> tuple[Any, float]:

@@ -433,7 +433,7 @@ def _torch_ready(once: Callable[[], None], compiled: bool) -> Ready:
 
 def _forward(model: SReT, variables: Any, batch: Mapping[str, np.ndarray]) -> Ready:
     images = normalize(jnp.asarray(batch["image"]))
-    compiled, seconds = measure.compile_uncached(jax.jit(model.apply), variables, images)
+    compiled, seconds = measure.compile_uncached(measure.forward(model), variables, images)
 
     def run(times: int) -> None:
         for _ in range(times):
@@ -484,7 +484,7 @@ def _checked_difference(case: Case, call: Callable[..., Any], model: SReT, varia
     """
     batch = measure.random_batch(model, CHECKED_IMAGES)
     permutations = _permutations(model)
-    ours = jax.jit(model.apply)(variables, normalize(jnp.asarray(batch["image"])), permutations=permutations)
+    ours = measure.forward(model)(variables, normalize(jnp.asarray(batch["image"])), permutations=permutations)
     theirs = call(_original_logits, case.dtype, permutations)
     difference = float(np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max())
     if not difference <= TOLERANCE[case.dtype]:

@@ -63,7 +63,7 @@ def model_programs(args: argparse.Namespace) -> list[Program]:
         batch = put_batch(measure.random_batch(model, size), mesh)
         images = normalize(batch["image"])
         labels = (name, "forward", dtype, str(size), unroll)
-        programs.append(_program(labels, size, jax.jit(model.apply), state.variables, images))
+        programs.append(_program(labels, size, measure.forward(model), state.variables, images))
         labels = (name, "train step", dtype, str(size), unroll)
         step = make_train_step(model, optimizer, schedule, measure.IMAGENET_AUGMENTATION, seed=0, mesh=mesh)
         own_state = jax.tree.map(jnp.copy, state)  # each step overwrites it
@@ -95,7 +95,7 @@ def print_depth(args: argparse.Namespace) -> None:
         model = _model(args.model[0], args, recursions=(recursions,) * 3, scan_unroll=False)
         images = jnp.zeros((args.batch_size[0], model.image_size, model.image_size, 3))
         variables = jax.eval_shape(model.init, jax.random.key(0), images)
-        compiled, elapsed = measure.compile_uncached(jax.jit(model.apply), variables, images)
+        compiled, elapsed = measure.compile_uncached(measure.forward(model), variables, images)
         seconds[recursions].append(elapsed)
         characters[recursions] = len(compiled.as_text())
 

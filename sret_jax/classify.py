@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from sret_jax.data.augment import normalize
 from sret_jax.data.decode import central_crop
 from sret_jax.errors import UserError
+from sret_jax.models.compiler import compiler_options
 from sret_jax.models.sret import SReT
 
 
@@ -38,6 +39,7 @@ def classify(
         image = central_crop(Path(path).read_bytes(), model.image_size)
     except Exception as error:  # what is raised for broken bytes depends on the format and the damage
         raise UserError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
-    logits = jax.jit(model.apply)(variables, normalize(jnp.asarray(image[None])))
+    apply = jax.jit(model.apply, compiler_options=compiler_options())
+    logits = apply(variables, normalize(jnp.asarray(image[None])))
     probabilities, classes = jax.lax.top_k(jax.nn.softmax(logits[0]), min(top, model.num_classes))
     return [(int(c), float(p)) for c, p in zip(classes, probabilities, strict=True)]

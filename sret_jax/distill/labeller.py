@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from sret_jax.data.augment import normalize
 from sret_jax.data.soft_labels import LabelType
+from sret_jax.models.compiler import compiler_options
 from sret_jax.training.mesh import replicated, split_batch
 from sret_jax.training.teacher import Teacher, place_teachers, teacher_probabilities
 
@@ -52,7 +53,8 @@ class Labeller:
         def hits(variables: Any, images: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
             return ((probabilities(variables, images).argmax(axis=1) == labels) & mask).sum()
 
-        self._labels, self._hits = jax.jit(labels), jax.jit(hits)
+        options = compiler_options(mesh.devices.flat[0].platform)
+        self._labels, self._hits = (jax.jit(function, compiler_options=options) for function in (labels, hits))
         self._waiting: list[np.ndarray] = []
         self._results: list[tuple[jax.Array, jax.Array]] = []
 

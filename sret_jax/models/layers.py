@@ -83,8 +83,10 @@ class Dense(nn.Module):
         kernel = self.kernel if gain is None else gain * self.kernel
         kernel = zero_padded(kernel.astype(self.dtype), x.shape[-1], self._padded_features)
         shape = x.shape[:-1]
-        if self.platform == "cpu":  # whose XLA transposes arrays of more than two axes for the kernel's gradient
-            x = x.reshape(-1, x.shape[-1])
+        if self.platform == "cpu":
+            # Its XLA transposes arrays of more than two axes for the kernel's gradient. Without a barrier, large
+            # products become part of what YNNPACK makes of the norm in front of them, and take twice as long.
+            x = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
         y = jnp.dot(x.astype(self.dtype), kernel, precision=matmul_precision(self.dtype))
         return y.reshape(*shape, kernel.shape[-1])
 
@@ -220,8 +222,6 @@ class Stem(nn.Module):
         """See the class."""
         x, channels = images.astype(self.dtype), images.shape[-1]
         convolve = _convolve_patches if train and self.platform == "cpu" else _convolve
-        if self.platform == "cpu":
-            convolve = _in_whole_vectors(convolve)
         multiple = CHANNELS_OF_GPUS if self.platform == "gpu" else 1
         x = zero_padded(x, *x.shape[:-1], padded_channels(channels, multiple))
         for i, features in enumerate((self.width // 2, self.width, self.width), start=1):
@@ -256,22 +256,6 @@ class HalvingConvolution(nn.Module):
         padded = padded_channels(self.features, self.multiple)
         kernel = zero_padded(kernel.astype(self.dtype), 3, 3, x.shape[-1], padded)
         return self.convolve(x, kernel) + zero_padded(bias.astype(self.dtype), padded)
-
-
-def _in_whole_vectors(convolve: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    """With output channels padded to a multiple of 16, a vector of AVX-512, where few are missing.
-
-    64 channels take less time than 63.
-    """
-
-    def padded(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        features = kernel.shape[-1]
-        whole = padded_channels(features, 16)
-        if whole - features > features // 8:
-            whole = features
-        return convolve(x, zero_padded(kernel, *kernel.shape[:-1], whole))[..., :features]
-
-    return padded
 
 
 def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:

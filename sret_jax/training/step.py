@@ -12,19 +12,12 @@ from jax.sharding import Mesh
 
 from sret_jax.data.augment import Augmentation, normalize
 from sret_jax.data.targets import Targets
+from sret_jax.models.compiler import compiler_options
 from sret_jax.models.sret import SReT, init_variables, variable_shapes
 from sret_jax.training.losses import target_loss, teacher_loss
 from sret_jax.training.mesh import place, replicated, sharded, split_batch
 from sret_jax.training.optimizer import Schedule
 from sret_jax.training.teacher import Teacher, teacher_probabilities
-
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    # XLA's CPU backend takes optimization barriers away before it fuses, which is what the network has them for.
-    "cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"},
-    # Products by cuBLAS: those that XLA finds by a search among Triton's take up to 1.6 times as long (sret_s).
-    "gpu": {"xla_gpu_enable_triton_gemm": False},
-}
-"""For programs that train, by platform."""
 
 _COMPILED_QUICKLY: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 0}}
 """For programs that run once, by platform: some forty draws take long to compile, and no time to run."""
@@ -235,7 +228,7 @@ def make_train_step(
         in_shardings=arguments,
         out_shardings=(placed, whole),
         donate_argnums=0,
-        compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform, train=True),
     )
 
 
@@ -261,4 +254,9 @@ def make_eval_step(model: SReT, mesh: Mesh) -> Callable[[Mapping[str, Any], Batc
         return {name: jnp.where(mask, value, 0).sum(dtype=jnp.float32) for name, value in per_example.items()}
 
     whole = replicated(mesh)
-    return jax.jit(eval_step, in_shardings=(None, split_batch(mesh)), out_shardings=whole)
+    return jax.jit(
+        eval_step,
+        in_shardings=(None, split_batch(mesh)),
+        out_shardings=whole,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )

@@ -155,17 +155,13 @@ def test_the_stem_of_every_platform_is_that_of_tpus(platform: str, width: int, t
 @pytest.mark.parametrize(
     ("platform", "width", "features"),
     [
-        ("cpu", 62, [32, 64, 64]),
-        ("cpu", 64, [32, 64, 64]),
-        ("cpu", 6, [3, 6, 6]),
+        ("cpu", 62, [31, 62, 62]),
         ("gpu", 62, [32, 64, 64]),
         ("gpu", 6, [8, 8, 8]),
         ("tpu", 62, [31, 62, 62]),
     ],
 )
-def test_the_stems_channels_are_padded_on_gpus_and_on_cpus_where_few_are_missing(
-    platform: str, width: int, features: list[int]
-) -> None:
+def test_the_stems_channels_are_padded_on_gpus_alone(platform: str, width: int, features: list[int]) -> None:
     stem, images = Stem(width, platform=platform), np.zeros((1, 16, 16, 3), np.float32)
     variables = jax.eval_shape(lambda: stem.init(jax.random.key(0), images, False))
     computed = [

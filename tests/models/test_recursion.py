@@ -70,7 +70,7 @@ def test_on_cpus_an_applications_vectors_are_its_own_and_keep_their_values_and_g
     assert [names.count("gt") for names in comparisons] == [2, 0]  # the first application, and the scan's body
 
 
-def test_residual_connections_are_kept_apart_on_cpus_alone() -> None:
+def test_residual_connections_and_products_are_kept_apart_on_cpus_alone() -> None:
     x = np.zeros((2, 8, 4), np.float32)
 
     def barriers(platform: str) -> int:
@@ -79,8 +79,8 @@ def test_residual_connections_are_kept_apart_on_cpus_alone() -> None:
         forward = operations(lambda variables: stage.apply(variables, x, None, False), variables)
         return sum(equation.primitive.name == "optimization_barrier" for equation, _ in forward)
 
-    # behind attention, MLP and NLL, of the first application and of the scan's body
-    assert [barriers(platform) for platform in ("cpu", "gpu", "tpu")] == [6, 0, 0]
+    # behind attention, MLP and NLL, and in front of the two products of each; in the first application and the scan's
+    assert [barriers(platform) for platform in ("cpu", "gpu", "tpu")] == [2 * 3 * (1 + 2), 0, 0]
 
 
 @pytest.mark.parametrize("recursions", [1, 3])
