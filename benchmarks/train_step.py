@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sret_jax import SReT, create_model
+from sret_jax import SReT, compiler_options, create_model
 from sret_jax.data.augment import normalize
 from sret_jax.host_memory import keep_freed_memory
 from sret_jax.models.layers import Pool, matmul_precision
@@ -81,7 +81,10 @@ def pool_programs(args: argparse.Namespace) -> list[Program]:
         x = jax.random.normal(jax.random.key(0), (batch_size, size, size, channels), model.dtype)
         variables = pool.init(jax.random.key(1), x)
         for label, function in (("Pool", pool.apply), ("lax.conv", _convolution)):
-            gradient = jax.jit(jax.value_and_grad(_mean_square(function), argnums=(0, 1)))
+            gradient = jax.jit(
+                jax.value_and_grad(_mean_square(function), argnums=(0, 1)),
+                compiler_options=compiler_options(train=True),
+            )
             labels = (f"{label} {size}×{size}×{channels} to {features}", "gradient", dtype, str(batch_size), "-")
             programs.append(_program(labels, batch_size, gradient, variables, x))
     return programs

@@ -8,6 +8,7 @@ import pytest
 
 from sret_jax import SReT, compiler_options, to_torch_state_dict
 from sret_jax.data.augment import Augmentation, normalize
+from sret_jax.training import step as step_module
 from sret_jax.training.mesh import make_mesh, put_batch
 from sret_jax.training.optimizer import adamw
 from sret_jax.training.step import (
@@ -325,18 +326,24 @@ def test_networks_programs_are_compiled_with_their_options_which_keep_barriers(m
         return compiled.as_text().count("opt-barrier(")
 
     assert barriers(None) == 0  # if ever not, that option is needed no more
-    asked, jit = {}, jax.jit
+    asked, given = [], {}
 
-    def recording_jit(function, **options):
-        asked[function.__name__] = options
-        return jit(function, **options)
+    def options_of(platform, *, train=False):
+        asked.append((platform, train))
+        return compiler_options(platform, train=train)
 
+    def recording_jit(function, **arguments):
+        given[function.__name__] = arguments
+        return jit(function, **arguments)
+
+    jit = jax.jit
+    monkeypatch.setattr(step_module, "compiler_options", options_of)
     monkeypatch.setattr(jax, "jit", recording_jit)
     mesh = make_mesh({"data": -1}, ROWS, jax.devices()[:1])
     optimizer = adamw(lambda _: LEARNING_RATE, weight_decay=0.05)
     make_train_step(MODEL, optimizer, lambda _: LEARNING_RATE, AUGMENTATION, 0, mesh)
     make_eval_step(MODEL, mesh)
     monkeypatch.undo()
-    found = [asked[name]["compiler_options"] for name in ("train_step", "eval_step")]
-    assert found == [compiler_options("cpu", train=True), compiler_options("cpu")]
+    assert asked == [("cpu", True), ("cpu", False)]
+    found = [given[name]["compiler_options"] for name in ("train_step", "eval_step")]
     assert [barriers(options) for options in found] == [1, 1]
