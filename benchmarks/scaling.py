@@ -110,8 +110,7 @@ def measure_sweep(of_sweep: Sequence[Point], args: argparse.Namespace) -> list[d
 
 def _measured_apart(point: Point, args: argparse.Namespace) -> dict[str, Any]:
     """The record of a point in a process with so many devices."""
-    flags = f"--xla_force_host_platform_device_count={point.host_devices}"
-    environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = {"JAX_NUM_CPU_DEVICES": str(point.host_devices), "JAX_PLATFORMS": "cpu"}
     return measure.in_own_process(measure_here, point, args, environment=environment)
 
 

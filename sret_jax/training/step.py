@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from sret_jax.data.augment import Augmentation, normalize
 from sret_jax.data.targets import Targets
-from sret_jax.models.compiler import compiler_options
+from sret_jax.models.compiler import compiler_options, known_options
 from sret_jax.models.sret import SReT, init_variables, variable_shapes
 from sret_jax.training.losses import target_loss, teacher_loss
 from sret_jax.training.mesh import place, replicated, sharded, split_batch
@@ -63,7 +63,7 @@ def compile_init_state(
         return _first_state(init_variables(model, jax.random.key(seed)), optimizer, ema)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh, ema=ema))
-    options = _COMPILED_QUICKLY.get(mesh.devices.flat[0].platform)
+    options = known_options(_COMPILED_QUICKLY.get(mesh.devices.flat[0].platform, {}))
     compiled: Callable[[], TrainState] = (
         jax.jit(init, out_shardings=shardings, compiler_options=options).lower().compile()
     )
