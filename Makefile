@@ -1,24 +1,27 @@
 # Everything happens in .venv, which is made from scratch when it is missing or was left half-installed.
 
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 WORKERS ?= logical
 
 VENV := .venv
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 
-# An installation is marked by an empty file that names the Python version, so that another PYTHON makes another .venv.
-INSTALLED := $(VENV)/installed-$(VERSION)
-INSTALLED_FOR_TEST := $(VENV)/installed-for-test-$(VERSION)
-REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# An installation is marked by an empty file that names Python's version and the versions of the packages, so that
+# another PYTHON or CONSTRAINTS makes another .venv.
+INSTALLED := $(VENV)/installed-$(VERSION)-$(notdir $(CONSTRAINTS))
+INSTALLED_FOR_TEST := $(VENV)/installed-for-test-$(VERSION)-$(notdir $(CONSTRAINTS))
+REQUIREMENTS := setup.cfg pyproject.toml $(CONSTRAINTS)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .PHONY: help quickstart test clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "PYTHON=python3.12 picks another Python (3.11 or newer), WORKERS=2 the number of parallel tests."
+	@echo "PYTHON=python3.12 picks another Python (3.11 or newer), CONSTRAINTS=constraints-newest.txt the newest versions"
+	@echo "of all packages (Python 3.12 or newer), WORKERS=2 the number of parallel tests."
 
 quickstart: $(INSTALLED)  ## install into .venv, then train a small model on handwritten digits
 	$(BIN)/python train.py --config=configs/digits.py --workdir=runs/digits

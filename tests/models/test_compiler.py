@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from sret_jax import SReT, compiler_options
+from sret_jax.models import compiler
+from sret_jax.models.compiler import known_options
 
 # One stage of 14 × 14 tokens; of 32 images there are 6,272, from 4,096 on YNNPACK takes norms.
 NETWORK = SReT(image_size=112, widths=(32,), heads=(1,), blocks=(1,), recursions=(1,), slices=((4, 1),), num_classes=0)
@@ -40,3 +42,14 @@ def test_options_are_those_of_the_platform_and_of_training() -> None:
     assert compiler_options("gpu") == {}
     assert compiler_options("gpu", train=True) == {"xla_gpu_enable_triton_gemm": False}
     assert compiler_options("tpu") == compiler_options("tpu", train=True) == {}
+
+
+def test_options_that_this_xla_lacks_are_left_out_and_logged(monkeypatch, caplog) -> None:
+    options = {"xla_backend_optimization_level": 1, "xla_of_tomorrow": True, "xla_disable_hlo_passes": 7.5}
+    with caplog.at_level("INFO"):
+        assert known_options(options) == {"xla_backend_optimization_level": 1}  # 7.5 is no value of the last
+    assert [name in caplog.text for name in options] == [False, True, True]
+
+    monkeypatch.setitem(compiler._ALWAYS, "cpu", {"xla_of_tomorrow": True})
+    assert compiler_options("cpu") == {}
+    assert jax.jit(lambda x: x + 1, compiler_options=compiler_options("cpu"))(1) == 2
