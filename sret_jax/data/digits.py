@@ -2,8 +2,8 @@
 
 import contextlib
 import io
-import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,15 @@ def write_digits_once(folder: str) -> None:
     TFDS writes into a folder of another name and renames it when complete, so that whichever of several writers is
     last fails, and finds the dataset of the first.
     """
-    builder = _DigitsBuilder(data_dir=folder, file_format="array_record")
+    home = Path(folder, _DigitsBuilder.name, str(_DigitsBuilder.VERSION))
+    if home.exists():  # complete: TFDS's builder would read it, and take what it says on trust
+        return
     try:
-        # TFDS prints its progress to both. Does nothing where the dataset is complete.
+        # TFDS prints its progress to both.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            builder.download_and_prepare()
+            _DigitsBuilder(data_dir=folder, file_format="array_record").download_and_prepare()
     except (OSError, ValueError, RuntimeError) as error:  # ArrayRecord reports a full disk as the last
-        if os.path.exists(builder.data_dir):
+        if home.exists():
             return
         raise UserError(
             f"the digits cannot be written below {folder}: {error}. Expected a folder that may be written to, with "

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +14,7 @@ import tensorflow_datasets as tfds
 
 from sret_jax.data.keys import label_key
 from sret_jax.data.reading import read_patiently
+from sret_jax.data.splits import find_parts, named_splits, with_both_names
 from sret_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -65,20 +65,18 @@ class FolderExamples:
 def split_folders(folder: str) -> dict[str, str]:
     """The sub-folders of a folder of images by the names of their splits.
 
-    Each has its own name, and `val`, which is ImageNet's, also that which TFDS gives it: `validation`.
+    Each has its own name; `val` and `validation` are one split, where only one of them is there.
 
     Raises:
       UserError: if the folder cannot be read or has no sub-folder `train`.
     """
-    splits = {name: name for name in _sub_folders(folder)}
-    if "train" not in splits:
+    names = _sub_folders(folder)
+    if "train" not in names:
         raise UserError(
-            f"{folder} has the sub-folders {list(splits)}. Expected train/<class>/<image>, and val/<class>/<image> or "
+            f"{folder} has the sub-folders {names}. Expected train/<class>/<image>, and val/<class>/<image> or "
             "another split beside it: the sub-folders of train are the classes. Give the folder in which train is"
         )
-    if "val" in splits:
-        splits.setdefault("validation", "val")
-    return splits
+    return with_both_names(names)
 
 
 def list_classes(folder: str) -> tuple[str, ...]:
@@ -104,7 +102,7 @@ def list_folder(folder: str, split: str) -> FolderExamples:
     Args:
       folder: holds `train/<class>/<image>`, `val/<class>/<image>` and so on.
       split: a sub-folder, a part of one or several, in TFDS's words: `train`, `train[:99%]`, `train[-500:]+val`.
-        `validation` is `val`, where there is no sub-folder of that name.
+        `val` and `validation` are one split, where only one of them is there.
 
     Returns:
       The examples.
@@ -116,24 +114,20 @@ def list_folder(folder: str, split: str) -> FolderExamples:
     splits = split_folders(folder)
     class_names = list_classes(folder)
     # Only what the split speaks of: listing a million images that nobody asked for takes its time.
-    listed = {
-        name: _list_split(folder, splits[name], class_names)
-        for name in dict.fromkeys(re.findall(r"[\w-]+", split))
-        if name in splits
-    }
-    lengths = {
+    listed = {name: _list_split(folder, name, class_names) for name in named_splits(split, splits.values())}
+    infos = {
         name: tfds.core.SplitInfo(name=name, shard_lengths=[len(names)], num_bytes=0)
         for name, (names, _) in listed.items()
     }
     try:
-        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(lengths)
-    except (ValueError, NotImplementedError) as error:
+        parts = find_parts(split, infos)
+    except ValueError as error:
         raise UserError(
             f"{folder} has no split {split!r}. Expected one of {sorted(splits)} or a part of one, such as "
             f"'train[:99%]' ({str(error).splitlines()[-1]})"
         ) from error
     names, labels = (
-        np.concatenate([listed[part.splitname][column][part.from_ : part.to] for part in parts]) for column in (0, 1)
+        np.concatenate([listed[part.split][column][part.first : part.end] for part in parts]) for column in (0, 1)
     )
     if not len(names):
         raise UserError(

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sret_jax.data.folder import FolderExamples, list_classes, list_folder, split_folders
+from sret_jax.data.prepared import CHECKSUMS, checksums, read_prepared
 from sret_jax.data.shards import Shard, example_features, locked, plan_shards, write_shards
 from sret_jax.errors import UserError
 from sret_jax.files import is_remote, naming, replace
@@ -90,10 +91,9 @@ def _checked_name(name: str) -> str:
 def _list_splits(folder: str) -> dict[str, FolderExamples]:
     """The splits of a folder under the names that TFDS gives them."""
     sub_folders = split_folders(folder)
-    if sub_folders.get("validation") == "val":
-        del sub_folders["val"]
-    elif "val" in sub_folders:
+    if sub_folders.get("val") != sub_folders.get("validation"):
         raise UserError(f"{folder} has val and validation. Expected one of them: move the other away")
+    sub_folders.pop("val", None)  # TFDS's name of it is the other
     class_names = list_classes(folder)
     splits = {}
     for split, sub_folder in sub_folders.items():
@@ -156,6 +156,7 @@ def _write_metadata(folder: Path, shards: Mapping[str, list[Shard]]) -> None:
             disable_shuffling=True,  # the order is that of the folder, so that batches are the same
             check_data=False,  # that needs TensorFlow
         )
+    replace(folder / CHECKSUMS, checksums(folder))
 
 
 def main() -> None:
@@ -172,7 +173,7 @@ def main() -> None:
         "images",
         lambda advance: pack(args.folder, args.out, name=args.name, workers=args.workers, advance=advance),
     )
-    splits = tfds.builder_from_directory(done).info.splits.values()
+    splits = read_prepared(done).splits.values()
     print(", ".join(f"{split.name}: {split.num_examples:,} images in {split.num_shards} files" for split in splits))
     print(f"{done} is read by --config.data.source={done.parent.name} --config.data.path={done.parent.parent}")
 

@@ -1,29 +1,39 @@
 """Where images come from: folders, datasets prepared by TFDS, the built-in handwritten digits, and random images."""
 
+import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import os
 import resource
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordReader
+from etils import epath
+from google.protobuf.message import DecodeError
 from tensorflow_datasets.core import constants as tfds_constants
-from tensorflow_datasets.core import read_only_builder
+from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sret_jax.data.decode import decode_small
 from sret_jax.data.digits import write_digits_once
 from sret_jax.data.folder import list_folder
 from sret_jax.data.keys import label_key
-from sret_jax.data.reading import read_patiently
+from sret_jax.data.prepared import find_prepared, read_prepared
+from sret_jax.data.reading import UnreadableError, read_patiently
+from sret_jax.data.splits import Part, find_parts
 from sret_jax.errors import UserError
 
 # As many as a process is to have open at the same time, where the system lets it.
 _OPEN_FILES = 65_536
+
+# That count the records of files: on a disk over the network most of the time is waiting.
+_OPENING_THREADS = 32
 
 # Of decoded images that are kept in memory, of a split in a process, and each: those of MNIST, the digits and CIFAR.
 _MOST_KEPT_BYTES = 150 << 20
@@ -163,13 +173,11 @@ class _KeptExamples:
 
 def _open_prepared(name: str, split: str, folder: str) -> Source:
     own_folder = os.path.expanduser(name)
-    try:
-        if os.path.exists(os.path.join(own_folder, "dataset_info.json")):
-            builder = read_only_builder.builder_from_directory(own_folder)
-        else:
-            # Not `tfds.builder`: where the files are missing, that one asks Google Cloud Storage for them.
-            builder = read_only_builder.builder_from_files(name, data_dir=folder)
-    except (tfds.core.DatasetNotFoundError, ValueError, OSError) as error:
+    if os.path.exists(os.path.join(own_folder, "dataset_info.json")):
+        found: epath.PathLike | None = own_folder
+    else:
+        found = find_prepared(name, folder)
+    if found is None:
         is_folder_of_images = os.path.isdir(os.path.join(folder, "train"))
         hint = f"{folder} holds a folder `train`: if it is one of images, choose the source `folder`. "
         raise UserError(
@@ -178,42 +186,79 @@ def _open_prepared(name: str, split: str, folder: str) -> Source:
             f"{hint if is_folder_of_images else ''}Give the folder in which it is, or prepare it: from a folder of "
             f"images with `python -m sret_jax.data.pack`, or, where TensorFlow is installed, with `tfds build {name} "
             f"--data_dir={folder} --file_format=array_record`"
-        ) from error
-    features = dict(builder.info.features.items())
-    image, label = features.get("image"), features.get("label")
-    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-        raise UserError(
-            f"dataset {name!r} has the features {sorted(features)}. Expected `image` (an image) and `label` (a class): "
-            "choose a dataset for image classification"
         )
-    try:
-        records = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    except NotImplementedError as error:
+    prepared = read_prepared(found)
+    if not prepared.class_names:
         raise UserError(
-            f"dataset {name!r} at {builder.data_dir} is stored as {builder.info.file_format.value}, which cannot be "
+            f"dataset {name!r} has the features {list(prepared.features)}. Expected `image` (an image) and `label` (a "
+            "class): choose a dataset for image classification"
+        )
+    if prepared.file_format != "array_record":
+        raise UserError(
+            f"dataset {name!r} at {prepared.folder} is stored as {prepared.file_format}, which cannot be "
             "read in random order. Expected array_record. Prepare it again, where TensorFlow is installed, with "
             f"`tfds build {name} --data_dir=<another folder> --file_format=array_record`, and give that folder"
-        ) from error
+        )
+    try:
+        parts = [part for part in find_parts(split, prepared.splits) if part.first < part.end]
     except ValueError as error:
         raise UserError(
-            f"dataset {name!r} has no split {split!r}. Expected one of {sorted(builder.info.splits)} or a part of one, "
-            "such as 'train[:99%]'"
+            f"dataset {name!r} has no split {split!r}. Expected one of {sorted(prepared.splits)} or a part of one, "
+            f"such as 'train[:99%]' ({str(error).splitlines()[-1]})"
         ) from error
-    if missing := [path for path in builder.info.splits[split].filepaths if not path.exists()]:
+    files = [
+        file
+        for part in parts
+        for file in shard_utils.get_file_instructions(
+            part.first,
+            part.end,
+            [os.fspath(path) for path in prepared.splits[part.split].filepaths],
+            prepared.splits[part.split].shard_lengths,
+        )
+    ]
+    if not files:
+        raise UserError(f"dataset {name!r} has no image in its split {split!r}. Expected some: give another part of it")
+    _check_files(name, [path for part in parts for path in prepared.splits[part.split].filepaths])
+    _allow_open_files()
+    _check_lengths(files)
+    hashed = _hash(repr([(os.path.basename(f.filename), f.skip, f.take, f.examples_in_shard) for f in files]).encode())
+    kind = _NamedExamples if "file_name" in prepared.features else _NumberedExamples
+    examples = kind(ArrayRecordDataSource(files), tuple(parts), prepared.class_names)
+    return Source(examples, len(prepared.class_names), f"{name} {split}", prepared.class_names, hashed)
+
+
+def _check_files(name: str, paths: Sequence[epath.Path]) -> None:
+    if missing := [path for path in paths if not path.exists()]:
         raise UserError(
             f"dataset {name!r} lacks {missing[0]}"
             + (f" and {len(missing) - 1} other files" if missing[1:] else "")
             + ". Expected all that its dataset_info.json speaks of: copy or prepare it again"
         )
-    _allow_open_files()
-    parts = builder.info.splits[split].file_instructions
-    files = _hash(repr([(os.path.basename(p.filename), p.skip, p.take, p.examples_in_shard) for p in parts]).encode())
-    ranges = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
-    lengths = {part.splitname: builder.info.splits[part.splitname].num_examples for part in ranges}
-    whole = tuple((part.splitname, part.from_ or 0, part.to or lengths[part.splitname]) for part in ranges)
-    kind = _NamedExamples if "file_name" in features else _NumberedExamples
-    examples = kind(records, whole, tuple(label.names))
-    return Source(examples, label.num_classes, f"{name} {split}", tuple(label.names), files)
+
+
+def _check_lengths(files: Sequence[shard_utils.FileInstruction]) -> None:
+    """Refuses files that hold other images than `dataset_info.json` says: labels and order would be others."""
+
+    def count(path: str) -> int:
+        with contextlib.closing(ArrayRecordReader(path, options="readahead_buffer_size:0")) as reader:
+            return reader.num_records()
+
+    def check(file: shard_utils.FileInstruction) -> None:
+        try:
+            found = read_patiently(lambda: count(file.filename), file.filename)
+        except UnreadableError as error:
+            raise UserError(
+                f"{file.filename} cannot be read: {error}. Expected a file of ArrayRecord: copy or prepare it again"
+            ) from error
+        if found != file.examples_in_shard:
+            raise UserError(
+                f"{file.filename} holds {found} images, but dataset_info.json says {file.examples_in_shard}. Expected "
+                "what was prepared: copy the dataset again, or prepare it again"
+            )
+
+    with concurrent.futures.ThreadPoolExecutor(_OPENING_THREADS) as executor:
+        for _ in executor.map(check, {file.filename: file for file in files}.values()):
+            pass
 
 
 def _hash(content: bytes) -> str:
@@ -231,10 +276,10 @@ def _allow_open_files() -> None:
 class _PreparedExamples:
     """Examples of a TFDS dataset. Parsed here: TFDS would take six times as long for the features that we leave out."""
 
-    def __init__(self, records: Any, ranges: tuple[tuple[str, int, int], ...], class_names: tuple[str, ...]) -> None:
-        """`ranges` says of which splits these are parts, from and to which of their examples."""
+    def __init__(self, records: ArrayRecordDataSource, parts: tuple[Part, ...], class_names: tuple[str, ...]) -> None:
+        """`parts` says of which splits the records are."""
         self._records = records
-        self._ranges = ranges
+        self._parts = parts
         self._class_names = class_names
 
     def __len__(self) -> int:
@@ -242,13 +287,16 @@ class _PreparedExamples:
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
         features = _features(read_patiently(lambda: self._read(index), f"record {index}"))
-        (image,), (label,) = features["image"].bytes_list.value or [b""], features["label"].int64_list.value or [-1]
+        images, labels = features["image"].bytes_list.value or [b""], features["label"].int64_list.value or [-1]
+        if len(images) > 1 or len(labels) > 1:
+            raise UnreadableError(f"the record holds {len(images)} images and {len(labels)} labels")
+        (image,), (label,) = images, labels
         return {"image": image, "label": label, "key": self._key(index, label, features)}
 
     def file_name(self, index: int, /) -> str:
         try:
             return _file_name(_features(self._read(index)))
-        except RuntimeError:
+        except (RuntimeError, UnreadableError):
             return ""
 
     def _key(self, index: int, label: int, features: Mapping[str, Any]) -> str:
@@ -256,7 +304,7 @@ class _PreparedExamples:
 
     def _place(self, index: int) -> tuple[str, int]:
         """The split of an example, and its number there."""
-        for split, first, end in self._ranges:
+        for split, first, end in self._parts:
             if index < end - first:
                 return split, first + index
             index -= end - first
@@ -268,9 +316,7 @@ class _PreparedExamples:
             return records[index]
         except RuntimeError:  # ArrayRecord's
             # It keeps a file that did not open as one that never will: a copy opens its files anew.
-            again = copy.copy(records)
-            again.data_source = copy.copy(records.data_source)
-            self._records = again
+            self._records = copy.copy(records)
             raise
 
 
@@ -288,7 +334,7 @@ class _NumberedExamples(_PreparedExamples):
     """Of a dataset that does not."""
 
     def keys(self) -> list[str]:
-        return [f"{split}/{number:08d}" for split, first, end in self._ranges for number in range(first, end)]
+        return [f"{split}/{number:08d}" for split, first, end in self._parts for number in range(first, end)]
 
     def _key(self, index: int, label: int, features: Mapping[str, Any]) -> str:
         split, number = self._place(index)
@@ -301,7 +347,10 @@ def _file_name(features: Mapping[str, Any]) -> str:
 
 
 def _features(record: bytes) -> Mapping[str, Any]:
-    return tf_example_pb2.Example.FromString(record).features.feature
+    try:
+        return tf_example_pb2.Example.FromString(record).features.feature
+    except DecodeError as error:
+        raise UnreadableError(f"the record is damaged ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True)
