@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from sret_jax.data.augment import normalize
 from sret_jax.data.decode import central_crop
 from sret_jax.errors import UserError
+from sret_jax.files import expand
 from sret_jax.models.compiler import compiler_options
 from sret_jax.models.sret import SReT
 
@@ -36,7 +37,7 @@ def classify(
     if not model.num_classes:
         raise UserError("the model has no head, and so no classes: create it with the number of its weights' classes")
     try:
-        image = central_crop(Path(path).read_bytes(), model.image_size)
+        image = central_crop(Path(expand(path)).read_bytes(), model.image_size)
     except Exception as error:  # what is raised for broken bytes depends on the format and the damage
         raise UserError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
     apply = jax.jit(model.apply, compiler_options=compiler_options())

@@ -18,7 +18,7 @@ from sret_jax.data.folder import FolderExamples, list_classes, list_folder, spli
 from sret_jax.data.prepared import CHECKSUMS, checksums, read_prepared
 from sret_jax.data.shards import Shard, example_features, locked, plan_shards, write_shards
 from sret_jax.errors import UserError
-from sret_jax.files import is_remote, naming, replace
+from sret_jax.files import expand_local, naming, replace
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,12 +56,10 @@ def pack(
       UserError: if `folder` is not a folder of images, an image cannot be read, the name cannot be one of TFDS, another
         dataset is in its place, another process packs it, or `out` cannot be written to.
     """
-    for path in filter(is_remote, (folder, out)):
-        raise UserError(f"{path} is not a folder. Expected one on a local or mounted disk: mount the bucket")
-    folder = os.path.abspath(os.path.expanduser(folder))
+    folder, home = os.path.abspath(expand_local(folder)), expand_local(out)
     name = _checked_name(name or os.path.basename(folder))
     splits = _list_splits(folder)
-    home = Path(out).expanduser() / name
+    home /= name
     complete, incomplete = home / _VERSION, home / f"{_VERSION}.incomplete"
     with locked(home / ".lock", home):
         shards = {split: plan_shards(examples, name, split, incomplete) for split, examples in splits.items()}
@@ -70,6 +68,9 @@ def pack(
         if not complete.exists():
             with naming(incomplete):
                 incomplete.mkdir(exist_ok=True)
+                for entry in incomplete.iterdir():
+                    if entry.is_symlink():
+                        entry.unlink()  # TFDS would write its metadata to where it points
             replace(incomplete / _ORIGIN, origin)
             write_shards(list(itertools.chain(*shards.values())), workers, advance)
             _write_metadata(incomplete, shards)
@@ -128,7 +129,7 @@ def _refuse_others(home: Path, complete: Path, incomplete: Path, origin: str) ->
     ours = {complete: [origin], incomplete: [origin, ""]}  # the second where a kill came before it was written
     with naming(home):
         for entry in sorted(home.iterdir()):
-            found = (entry / _ORIGIN).read_text(encoding="utf-8") if (entry / _ORIGIN).exists() else ""
+            found = (entry / _ORIGIN).read_text("ascii", "replace") if (entry / _ORIGIN).exists() else ""
             if entry.name != ".lock" and found not in ours.get(entry, []):
                 raise UserError(
                     f"{entry} is another dataset, or one packed from other images. Expected nothing, or what an "

@@ -11,7 +11,7 @@ from sret_jax.data.pack import with_progress
 from sret_jax.data.packed_labels import PackedLabels, open_soft_labels, write_packed
 from sret_jax.data.soft_labels import FolderLabels, LabelType, SoftLabels
 from sret_jax.errors import UserError
-from sret_jax.files import is_remote, naming
+from sret_jax.files import expand_local, naming
 
 _IMAGES_PER_FILE = 8192
 
@@ -48,11 +48,9 @@ def pack_soft_labels(
     labels = open_soft_labels(src, label_type, num_classes)
     if not isinstance(labels, FolderLabels):
         raise UserError(f"{src} is packed already. Expected the authors' layout, train/<class>/<image>.tar")
-    if is_remote(out):
-        raise UserError(f"{out} is not a folder. Expected one on a local or mounted disk: mount the bucket")
+    target = Path(os.path.abspath(expand_local(out)))
     keys = labels.keys()
     parts = [keys[start : start + _IMAGES_PER_FILE] for start in range(0, len(keys), _IMAGES_PER_FILE)]
-    target = Path(os.path.abspath(os.path.expanduser(out)))
     write_packed(
         target,
         [functools.partial(_read_part, labels, part) for part in parts],

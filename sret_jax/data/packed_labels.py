@@ -28,7 +28,7 @@ from sret_jax.data.soft_labels import (
     check_labels,
 )
 from sret_jax.errors import UserError
-from sret_jax.files import is_remote, naming, replace
+from sret_jax.files import expand_local, naming, replace
 
 _VERSION = 1
 
@@ -184,9 +184,7 @@ def open_soft_labels(path: str, label_type: str, num_classes: int) -> SoftLabelS
     """
     wanted = LabelType.parse(label_type)
     wanted.size(num_classes)
-    if is_remote(path):
-        raise UserError(f"{path} is not a folder. Expected one on a local or mounted disk: mount the bucket")
-    folder = Path(os.path.abspath(os.path.expanduser(path)))
+    folder = Path(os.path.abspath(expand_local(path)))
     with naming(folder):
         if (folder / _DESCRIPTION).exists():
             return PackedLabels(folder, wanted, num_classes)
@@ -271,7 +269,7 @@ def _refuse_others(out: Path, incomplete: Path, origin: str) -> None:
     ours = {out: [origin], incomplete: [origin, ""]}  # the second where a kill came before it was written
     for folder, expected in ours.items():
         with naming(folder):
-            found = (folder / _ORIGIN).read_text(encoding="utf-8") if (folder / _ORIGIN).exists() else ""
+            found = (folder / _ORIGIN).read_text("ascii", "replace") if (folder / _ORIGIN).exists() else ""
             if folder.exists() and found not in expected:
                 raise UserError(
                     f"{folder} is something else, or was packed from other soft labels. Expected nothing, or what an "

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import itertools
 import multiprocessing
@@ -22,7 +21,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from sret_jax.data.folder import FolderExamples
 from sret_jax.errors import UserError
-from sret_jax.files import naming, refused
+from sret_jax.files import LockedError, lock, naming, refused
 
 _SHARD_BYTES = 256 * 2**20
 
@@ -139,16 +138,15 @@ def write_files(
 
 
 @contextlib.contextmanager
-def locked(lock: Path, out: Path) -> Iterator[None]:
-    """Keep a second process from packing into `out`, by the file `lock`, whose folder is made if missing."""
-    with naming(lock.parent):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is packing into {out}: wait for it, or stop it") from error
+def locked(path: Path, out: Path) -> Iterator[None]:
+    """Keep a second process from packing into `out`, by a lock's file, whose folder is made if missing."""
+    try:
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held = lock(path)
+    except LockedError as error:
+        raise UserError(f"another process is packing into {out}: wait for it, or stop it") from error
+    with held:
         yield
 
 

@@ -28,6 +28,7 @@ from sret_jax.data.prepared import find_prepared, read_prepared
 from sret_jax.data.reading import UnreadableError, read_patiently
 from sret_jax.data.splits import Part, find_parts
 from sret_jax.errors import UserError
+from sret_jax.files import expand, expand_local
 
 # As many as a process is to have open at the same time, where the system lets it.
 _OPEN_FILES = 65_536
@@ -118,12 +119,12 @@ def open_source(
     if name == "folder":
         if not path:
             raise UserError("the source `folder` has no path. Expected the folder in which train/<class>/<image> are")
-        images = list_folder(os.path.expanduser(path), split)
+        images = list_folder(str(expand_local(path)), split)
         files = _hash(b"\n".join(images.names.tolist()))
         return Source(images, len(images.class_names), f"{path} {split}", images.class_names, files)
-    folder = os.path.expanduser(path or tfds_constants.DATA_DIR)
+    folder = expand(path or tfds_constants.DATA_DIR)
     if name == "digits":
-        write_digits_once(folder)
+        write_digits_once(str(expand_local(folder)))
     return _open_prepared(name, split, folder)
 
 
@@ -172,7 +173,7 @@ class _KeptExamples:
 
 
 def _open_prepared(name: str, split: str, folder: str) -> Source:
-    own_folder = os.path.expanduser(name)
+    own_folder = expand(name)
     if os.path.exists(os.path.join(own_folder, "dataset_info.json")):
         found: epath.PathLike | None = own_folder
     else:

@@ -15,6 +15,7 @@ from sret_jax.data.pack import with_progress
 from sret_jax.data.sources import Source, open_source
 from sret_jax.distill.generate import generate
 from sret_jax.distill.recipe import Recipe
+from sret_jax.files import expand
 from sret_jax.training.distributed import connect
 
 _DEFAULTS = Recipe(teacher="")
@@ -58,7 +59,7 @@ def _generate(args: argparse.Namespace, advance: Callable[[int, int], object]) -
 
 def _open(args: argparse.Namespace, split: str) -> Source:
     """A split of `--data`, which is a folder of images or the name of a dataset."""
-    if os.path.isdir(os.path.join(os.path.expanduser(args.data), "train")):
+    if os.path.isdir(os.path.join(expand(args.data), "train")):
         return open_source("folder", split, args.data)
     return open_source(args.data, split, args.data_path)
 

@@ -34,7 +34,7 @@ from sret_jax.distill.labeller import Labeller
 from sret_jax.distill.recipe import Recipe, check_recipe
 from sret_jax.distill.units import Unit, plan_units, read_units, write_unit
 from sret_jax.errors import UserError
-from sret_jax.files import is_remote, naming, remove, replace
+from sret_jax.files import DamagedError, expand_local, naming, read_json, remove, replace
 from sret_jax.training.build import warnings_to
 from sret_jax.training.mesh import make_mesh
 from sret_jax.training.teacher import load_teachers
@@ -104,8 +104,7 @@ def generate(
         `out` is something else, or it cannot be written.
     """
     check_recipe(recipe)
-    if is_remote(out):
-        raise UserError(f"{out} is not a folder. Expected one on a local or mounted disk: mount the bucket")
+    target = Path(os.path.abspath(expand_local(out)))
     if batch_size < 1 or num_threads < 1 or num_workers < 0 or not 0 < eval_crop_ratio <= 1:
         raise UserError(
             f"--batch-size is {batch_size}, --threads {num_threads}, --workers {num_workers}, --eval-crop-ratio "
@@ -123,7 +122,6 @@ def generate(
             std=recipe.std,
             dtype=recipe.dtype,
         )
-    target = Path(os.path.abspath(os.path.expanduser(out)))
     home = target.with_name(target.name + ".units")
     reference = _open_reference(recipe, source)
     check_keys(source)
@@ -250,7 +248,7 @@ def _check_made(target: Path, label_type: LabelType, num_classes: int, origin: s
     """Refuses what is in the place of the result and is not it."""
     with naming(target):
         note = target / _MADE_FROM
-        found = note.read_text(encoding="utf-8") if note.exists() else ""
+        found = note.read_text("ascii", "replace") if note.exists() else ""
     if not found:
         with contextlib.suppress(UserError):
             found = str(PackedLabels(target, label_type, num_classes).notes.get(_MADE_FROM))
@@ -272,8 +270,10 @@ def _claim(home: Path, target: Path, made_of: Mapping[str, Any], *, is_first: bo
     _wait_until(lambda: note.exists() or target.exists())
     if target.exists():
         return  # the first has nothing left to do
-    with naming(note):
-        there = json.loads(note.read_text(encoding="utf-8"))
+    try:
+        there = read_json(note)
+    except DamagedError as error:
+        raise UserError(f"{error}. Expected a sound disk: give another name, or delete {home}") from error
     if differ := sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)):
         raise UserError(
             f"{home} holds a part of soft labels of another making: there {differ[0]} is {there.get(differ[0])!r}, "
@@ -296,9 +296,12 @@ def _evaluate(
     """Says how accurate the teacher is; not computed again when the same command goes on, for that takes its time."""
     note = home / "teacher.json"
     how = {"images": source.digest(), "crop_ratio": crop_ratio, "size": label.image_size}
-    with naming(note):
-        known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-    if {name: known.get(name) for name in how} != how:
+    try:
+        known = read_json(note) if note.exists() else {}
+    except DamagedError:
+        known = {}
+    is_known = isinstance(known.get("accuracy"), float) and 0 <= known["accuracy"] <= 1
+    if not is_known or {name: known.get(name) for name in how} != how:
         batches = eval_batches(
             source,
             batch_size=label.batch_size,

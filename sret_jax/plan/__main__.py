@@ -6,12 +6,11 @@ compiler says of it beside what the chip's maker publishes. docs/scaling.md show
 
 import functools
 import json
-from pathlib import Path
 
 from absl import app, flags
 
 from sret_jax.errors import UserError
-from sret_jax.files import replace
+from sret_jax.files import expand_local, replace
 from sret_jax.plan.devices import EXAMPLES, find_target
 from sret_jax.plan.program import Program, TooLargeError, compile_step, find_largest_batch, least_seconds
 from sret_jax.plan.report import plan_facts, plan_text
@@ -32,6 +31,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; flags start with --")
     config, classes = CONFIG.value, _CLASSES.value
+    json_file = expand_local(_JSON.value) if _JSON.value else None
     check_config(config)
     epoch_steps = _IMAGES.value // config.batch_size
     if not epoch_steps:
@@ -66,8 +66,8 @@ def main(argv: list[str]) -> None:
     bounds = least_seconds(program, target)
     facts = plan_facts(config, target, program, bounds, epoch_steps, largest)
     print(plan_text(facts))
-    if _JSON.value:
-        replace(Path(_JSON.value), json.dumps(facts, indent=2) + "\n")
+    if json_file:
+        replace(json_file, json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

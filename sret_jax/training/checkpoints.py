@@ -1,12 +1,11 @@
 """Checkpoints of a run: written by Orbax while training goes on, checked before they are trusted, never half there."""
 
 import dataclasses
-import fcntl
 import functools
+import itertools
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +22,27 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from sret_jax.errors import UserError
-from sret_jax.files import DamagedError, check_seal, is_sealed, naming, naming_orbax, replace, reserve, seal
+from sret_jax.files import (
+    DamagedError,
+    LockedError,
+    check_seal,
+    expand,
+    expand_local,
+    is_sealed,
+    lock,
+    naming,
+    naming_orbax,
+    read_json,
+    replace,
+    reserve,
+    seal,
+)
 from sret_jax.training.mesh import on_first_host
 from sret_jax.training.step import TrainState
+from sret_jax.weights.runs import read_note, run_identity, saved_steps
+
+# Letters of a value that an error shows.
+_LONGEST_VALUE = 200
 
 
 class Checkpoints:
@@ -51,13 +68,14 @@ class Checkpoints:
         Raises:
           UserError: the workdir has checkpoints of another identity, is in use, or cannot be written to.
         """
-        self._workdir = Path(workdir).absolute()
+        self._workdir = expand_local(workdir).absolute()
         self._folder = self._workdir / "checkpoints"
         on_first_host(lambda: self._claim(dict(identity), dict(defaults or {})))
+        self._identity = dict(identity)
         self._merits = {
-            int(path.parents[1].name): merit
-            for path in self._folder.glob("*/evaluation/metadata")
-            if path.parents[1].name.isdigit() and (merit := _stored_merit(path)) is not None
+            step: merit
+            for step in saved_steps(self._workdir)
+            if (merit := _stored_merit(self._folder / str(step))) is not None
         }
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep), _Best(self._merits)]),
@@ -115,10 +133,10 @@ class Checkpoints:
             if reason:
                 damaged[step] = f"checkpoint {step} is damaged ({reason})"
                 continue
-            restored = self._restore(step, like)
+            state = self._restore(step, like)
             for bad, message in damaged.items():
                 say(f"{message}: moved to {self._set_aside(bad)}, going on from {step}")
-            return restored["state"], restored["evaluation"]["metrics"]
+            return state, read_note(self._folder / str(step))["metrics"]
         if damaged:
             raise UserError(
                 "\n".join(damaged.values())
@@ -140,7 +158,7 @@ class Checkpoints:
         """
         self.wait()
         on_first_host(lambda: self._reserve(sum(leaf.nbytes for leaf in jax.tree.leaves(state))))
-        kept = {"metrics": dict(evaluation), "is_new": is_new}
+        kept = {"metrics": dict(evaluation), "is_new": is_new, "identity": self._identity}
         self._merits.pop(step, None)
         if is_new:
             self._merits[step] = _merit(evaluation)
@@ -160,14 +178,15 @@ class Checkpoints:
     def _claim(self, identity: dict[str, Any], defaults: dict[str, Any]) -> None:
         with naming(self._workdir):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._workdir / ".lock").open("w")
-            (self._workdir / ".space").unlink(missing_ok=True)  # of a run killed while it asked for space
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            with naming(self._workdir / ".lock"):
+                self._lock = lock(self._workdir / ".lock")
+        except LockedError as error:
             raise UserError(f"another run is using the workdir {self._workdir}: stop it, or give another") from error
+        with naming(self._workdir):
+            (self._workdir / ".space").unlink(missing_ok=True)  # of a run killed while it asked for space
         file = self._workdir / "config.json"
-        if _has_steps(self._folder):
+        if saved_steps(self._workdir):
             self._check_identity(file, identity, defaults)
         else:  # whatever was begun here, nothing came of it
             replace(file, json.dumps(identity, indent=2) + "\n")
@@ -186,14 +205,12 @@ class Checkpoints:
                 f"{file} is missing, so nothing says what the checkpoints beside it belong to: put it back, or "
                 "give another workdir"
             )
-        with naming(file):
-            text = file.read_text(encoding="utf-8")
         try:
-            there = {**defaults, **json.loads(text)}
-        except (TypeError, ValueError) as error:
+            there = {**defaults, **read_json(file)}
+        except DamagedError as error:
             raise UserError(f"{file} is damaged: put it back as it was, or give another workdir") from error
         differences = [
-            f"  {key} is {there.get(key, 'absent')} there, {identity.get(key, 'absent')} now"
+            f"  {key} is {_brief(there.get(key, 'absent'))} there, {_brief(identity.get(key, 'absent'))} now"
             for key in sorted(there.keys() | identity.keys())
             if there.get(key) != identity.get(key)
         ]
@@ -201,7 +218,8 @@ class Checkpoints:
             raise UserError(
                 f"the workdir {self._workdir} belongs to another run:\n"
                 + "\n".join(differences)
-                + "\ngive another --workdir, or the config that it belongs to"
+                + "\ngive another --workdir, or the config that it belongs to. A run in another workdir may begin with "
+                f"the weights of this one, for a longer run too: --config.init_from={self._workdir}"
             )
 
     def _damage(self, step: int) -> str:
@@ -211,41 +229,51 @@ class Checkpoints:
             if not is_sealed(folder):
                 return "it has no checksums"
             check_seal(folder)
+            read_note(folder)
         except DamagedError as error:
             return str(error)
         return ""
 
-    def _restore(self, step: int, like: TrainState) -> Any:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), evaluation=ocp.args.JsonRestore())
+    def _restore(self, step: int, like: TrainState) -> TrainState:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         with naming_orbax(self._folder / str(step)):
-            return self._manager.restore(step, args=args)
+            return self._manager.restore(step, args=args)["state"]
 
     def _set_aside(self, step: int) -> str:
-        target = self._workdir / "damaged_checkpoints" / str(step)
+        aside = self._workdir / "damaged_checkpoints"
 
-        def move() -> None:
+        def move() -> str:
+            # What is there stays, whether an earlier damaged checkpoint of this step or something of the user's.
+            names = itertools.chain([str(step)], (f"{step}.{number}" for number in itertools.count(2)))
+            target = next(aside / name for name in names if not os.path.lexists(aside / name))
             with naming(target):
-                target.parent.mkdir(exist_ok=True)
-                if target.exists():
-                    shutil.rmtree(target)
+                aside.mkdir(exist_ok=True)
                 os.replace(self._folder / str(step), target)
+            return str(target)
 
-        on_first_host(move)
+        moved_to = on_first_host(move)
         self._manager.reload()
-        return str(target)
+        return moved_to
 
 
 def began_with(workdir: str) -> str:
-    """`config.init_from` of the run in a workdir; empty if it began at random, or has no checkpoint yet."""
+    """`config.init_from` of the run in a workdir; empty if it began at random, or has no checkpoint yet.
+
+    Raises:
+      UserError: what the run keeps of itself is damaged.
+    """
+    folder = Path(expand(workdir))
+    return str(run_identity(folder).get("config.init_from", "")) if saved_steps(folder) else ""
+
+
+def _brief(value: Any) -> str:
+    """A value for an error: of a damaged file, it may be anything."""
     try:
-        there = json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))
-        return there["config.init_from"] if _has_steps(Path(workdir) / "checkpoints") else ""
-    except (OSError, ValueError, TypeError, LookupError):
-        return ""
-
-
-def _has_steps(folder: Path) -> bool:
-    return any(path.name.isdigit() for path in folder.iterdir())
+        text = str(value)
+    except RecursionError:
+        return "nested too deep"
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:_LONGEST_VALUE])
+    return text + "…" * (len(str(value)) > _LONGEST_VALUE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,13 +291,13 @@ class _Best(PreservationPolicy):
         return [number == best and merit > -math.inf for number, merit in enumerate(merits)]
 
 
-def _stored_merit(path: Path) -> float | None:
+def _stored_merit(checkpoint: Path) -> float | None:
     """Of the evaluation that a checkpoint holds; None if that is of an earlier step, or damaged."""
     try:
-        kept = json.loads(path.read_bytes())
-        return _merit(kept["metrics"]) if kept["is_new"] else None
-    except (OSError, ValueError, TypeError, LookupError):
+        note = read_note(checkpoint)
+    except (DamagedError, UserError):
         return None
+    return _merit(note["metrics"]) if note["is_new"] else None
 
 
 def _merit(evaluation: Mapping[str, float]) -> float:

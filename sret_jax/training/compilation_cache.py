@@ -13,6 +13,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from sret_jax.files import expand, is_remote
+
 _LOG = logging.getLogger(__name__)
 
 _FOLDER = "jax_compilation_cache_dir"
@@ -57,7 +59,10 @@ def cache_folder(config: ConfigDict, workdir: str) -> str | None:
         return None
     if "://" in where:
         return where
-    folder = os.path.abspath(os.path.join(workdir, os.path.expanduser(where)))
+    where, workdir = expand(where), expand(workdir)
+    if is_remote(workdir) and not os.path.isabs(where):
+        return None
+    folder = os.path.abspath(os.path.join(workdir, where))
     makes_workdir = Path(folder).is_relative_to(os.path.abspath(workdir)) and not os.path.isdir(workdir)
     return None if config.mode == "eval" and makes_workdir else folder
 

@@ -37,8 +37,9 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, subtitle: str 
 
     width, height = (pixels / _DOTS_PER_INCH for pixels in SIZE)
     figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, facecolor="white")
-    figure.text(0.045, 0.93, title, fontsize=13, fontweight="bold", color=_INK, va="center")
-    figure.text(0.045, 0.855, textwrap.shorten(subtitle, 165, placeholder=" …"), fontsize=9, color=_MUTED, va="center")
+    figure.text(0.045, 0.93, title, fontsize=13, fontweight="bold", color=_INK, va="center", parse_math=False)
+    subtitle = textwrap.shorten(subtitle, 165, placeholder=" …")
+    figure.text(0.045, 0.855, subtitle, fontsize=9, color=_MUTED, va="center", parse_math=False)
     loss_axes, accuracy_axes, rate_axes = figure.subplots(
         1, 3, width_ratios=(3, 3, 2), gridspec_kw=dict(left=0.045, right=0.985, bottom=0.135, top=0.735, wspace=0.2)
     )

@@ -59,7 +59,7 @@ class Display:
 
         A terminal may be closed and a disk be full while a run goes on: the metrics are in files of their own.
         """
-        text = "  ".join(filter(None, parts))
+        text = shown("  ".join(filter(None, parts)), getattr(self._console.file, "encoding", None) or "utf-8")
         try:
             if self.is_plain:
                 print(text, file=self._console.file, flush=True)
@@ -79,6 +79,11 @@ def _send_nowhere(console: Console) -> None:
     """Else what is still to be printed would fail too, at the latest when Python ends."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), console.file.fileno())
+
+
+def shown(text: str, encoding: str = "utf-8") -> str:
+    """A text with a question mark for what cannot be shown: what the encoding lacks, and bytes of a name in another."""
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def words(name: str) -> str:

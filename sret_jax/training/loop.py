@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from sret_jax.data.pipeline import steps_per_epoch
 from sret_jax.data.soft_labels import SoftLabelSet, labels_digest
 from sret_jax.data.sources import Source
+from sret_jax.files import expand_local
 from sret_jax.models.cost import count_macs, count_params
 from sret_jax.models.sret import SReT
 from sret_jax.models.zoo import create_model
@@ -60,6 +61,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       Preempted: SIGTERM; a checkpoint of the last step is written.
     """
     check_config(config)
+    workdir = str(expand_local(workdir))
     mesh = make_mesh(config.mesh, config.batch_size)
     train_source, eval_source = (
         open_split(config, split) for split in (config.data.train_split, config.data.eval_split)

@@ -4,6 +4,7 @@ import json
 import math
 import numbers
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,22 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from sret_jax.errors import UserError
-from sret_jax.files import naming, replace
+from sret_jax.files import DamagedError, expand_local, naming, open_to_add, parse_json, replace
+
+# What the records of each kind have. The curves are drawn from them.
+_EVERY = {"step", "epoch", "seconds"}
+_NEEDED = {"train": _EVERY | {"loss", "learning_rate"}, "evaluation": _EVERY | {"accuracy"}}
+
+# float32's, which metrics are computed in.
+_LARGEST_NUMBER = 3.5e38
 
 
 class Records:
     """`metrics.jsonl` and the TensorBoard events of one run, open for more."""
 
     def __init__(self, workdir: str, first_step: int) -> None:
-        if "://" in workdir:
-            raise UserError(f"the workdir {workdir} is not a folder: give a path on a local or mounted disk.")
         self._metrics_path = metrics_path(workdir)
-        self._events_path = Path(workdir) / "tensorboard"
+        self._events_path = expand_local(workdir) / "tensorboard"
         with naming(self._events_path):
             self._events_path.mkdir(parents=True, exist_ok=True)
 
@@ -32,12 +38,13 @@ class Records:
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         replace(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
         with naming(self._metrics_path):
-            self._metrics = self._metrics_path.open("a", encoding="utf-8")
+            self._metrics = open_to_add(self._metrics_path)
 
         # Not SummaryWriter: it writes in a thread of its own, and when that dies of a full disk the next calls wait for
-        # it forever. The suffix keeps two writers that were opened within one second apart.
+        # it forever. The suffix keeps two writers apart that were opened within one second, and names no link that
+        # lies there.
         with naming(self._events_path):
-            self._events = EventsWriter(str(self._events_path / "events"), f".{first_step}")
+            self._events = EventsWriter(str(self._events_path / "events"), f".{uuid.uuid4().hex[:8]}.{first_step}")
         redone_from = first_step + 1 if first_step else 0
         self._write_event(Event(step=redone_from, session_log=SessionLog(status=SessionLog.START)))
 
@@ -48,7 +55,7 @@ class Records:
         """
         line = json.dumps({**place, **{name: _json_number(value) for name, value in metrics.items()}, **cost})
         with naming(self._metrics_path):
-            self._metrics.write(line + "\n")
+            self._metrics.write(line.encode() + b"\n")
             self._metrics.flush()
         scalars = [
             Summary.Value(tag=f"{place['kind']}/{name}", simple_value=float(value))
@@ -73,12 +80,12 @@ class Records:
 
 def metrics_path(workdir: str) -> Path:
     """Of the metrics in a workdir."""
-    return Path(workdir) / "metrics.jsonl"
+    return expand_local(workdir) / "metrics.jsonl"
 
 
 def facts_path(workdir: str) -> Path:
     """Of the facts that the run in a workdir began with."""
-    return Path(workdir) / "run.json"
+    return expand_local(workdir) / "run.json"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -88,13 +95,30 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not {"step", "epoch", "kind", "seconds"} <= record.keys():
+            record = parse_json(line, path)
+        except DamagedError:
+            record = {}
+        if not _is_record(record):
             raise UserError(f"{path}, line {number}: expected a record of a run. Remove this line, or the file.")
         records.append(record)
     return records
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    """Whether a line of `metrics.jsonl` has what every one of its kind has: numbers, or null for what is none."""
+    needed = _NEEDED.get(str(record.get("kind")), ())
+    numbers_ = {name: value for name, value in record.items() if name != "kind"}
+    return (
+        bool(needed)
+        and needed <= numbers_.keys()
+        and all(value is None or _is_number(value) for value in numbers_.values())
+        and isinstance(record["step"], int)
+        and all(record[name] is not None and record[name] >= 0 for name in ("step", "epoch", "seconds"))
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER
 
 
 def _json_number(value: float | None) -> float | None:

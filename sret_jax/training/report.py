@@ -9,6 +9,7 @@ Everything lies in the run's folder, the workdir:
 """
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -19,11 +20,13 @@ from typing import Any, Self
 from rich.console import Console
 
 from sret_jax.errors import UserError
-from sret_jax.files import replace
+from sret_jax.files import DamagedError, expand_local, read_json, replace
 from sret_jax.training.curves import draw_curves
-from sret_jax.training.display import Display, RunConsole, duration, text_of, words
+from sret_jax.training.display import Display, RunConsole, duration, shown, text_of, words
 from sret_jax.training.records import Records, facts_path, metrics_path, read_metrics
 from sret_jax.training.weights_and_biases import open_wandb_run
+
+_LOG = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 _WAITING_WORTH_SAYING = 0.05  # part of a step
@@ -72,7 +75,7 @@ class Report:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._workdir = workdir
+        self._workdir = str(expand_local(workdir))
         self._total_steps = total_steps
         self._first_step = first_step
         self._steps_per_epoch = steps_per_epoch
@@ -260,9 +263,19 @@ def learning_curves(workdir: str) -> str:
     metrics = metrics_path(workdir)
     if not metrics.is_file():
         raise UserError(f"there is no {metrics.name} in {workdir}: give the workdir of a run that has begun to train.")
-    file = facts_path(workdir)
-    facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"model": "Learning curves"}
+    facts = {"model": "Learning curves", **_read_facts(facts_path(workdir))}
     subtitle = "  ·  ".join(f"{words(name)}: {text_of(fact)}" for name, fact in facts.items() if name != "model")
-    picture = Path(workdir) / "learning_curves.png"
-    replace(picture, draw_curves(read_metrics(metrics), facts["model"], subtitle))
+    picture = expand_local(workdir) / "learning_curves.png"
+    replace(picture, draw_curves(read_metrics(metrics), shown(text_of(facts["model"])), shown(subtitle)))
     return str(picture)
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """The facts that a run began with; none where they are missing or, with a warning, damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except DamagedError as error:
+        _LOG.warning("%s, so that the learning curves are drawn without the facts in it", error)
+        return {}

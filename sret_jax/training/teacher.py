@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from sret_jax.data.augment import MEAN, STD
 from sret_jax.errors import UserError
-from sret_jax.files import naming_remote
+from sret_jax.files import expand, naming_remote
 from sret_jax.models.sret import SReT
 from sret_jax.models.zoo import create_model
 from sret_jax.training.mesh import place, sharded
@@ -175,7 +175,7 @@ def _naming(name: str) -> Iterator[None]:
 def _load_model(name: str, image_size: int, num_classes: int, dtype: np.dtype) -> tuple[SReT, Any]:
     """A network of ours as it is to compute, and its variables."""
     described = _OF_MODEL.fullmatch(name)
-    path = described[2] if described else name
+    path = expand(described[2] if described else name)
     model = create_model(described[1]) if described else None
     with naming_remote(path):
         there = epath.Path(path).exists()

@@ -1,5 +1,6 @@
 """Metrics to Weights & Biases, for those who use it."""
 
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,11 @@ def open_wandb_run(project: str, workdir: str, facts: Mapping[str, Any]) -> Any:
     with naming(id_file):
         if not id_file.exists():
             replace(id_file, uuid.uuid4().hex)
-        run_id = id_file.read_text()
+        run_id = id_file.read_bytes().decode("ascii", "replace").strip()
+    if not re.fullmatch("[0-9a-f]{32}", run_id):
+        raise UserError(
+            f"{id_file} is not what was written. Expected the id of a run: delete it, for another run there"
+        )
     try:
         return wandb.init(
             project=project,

@@ -1,6 +1,5 @@
 """Fetches the checkpoints that the authors published on Google Drive, each once, into a cache folder."""
 
-import fcntl
 import hashlib
 import os
 import sys
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sret_jax.errors import UserError
+from sret_jax.files import expand, lock
 from sret_jax.models.zoo import PUBLISHED, canonical_name
 
 _RETRIES = 3
@@ -41,12 +41,11 @@ def download(name: str, folder: Path | None = None) -> Path:
     """
     name = canonical_name(name)
     drive_id = PUBLISHED[name].drive_id
-    path = (folder or _cache_folder()) / f"{name}.pth"
+    path = Path(expand(folder or _cache_folder())) / f"{name}.pth"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with (path.parent / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with lock(path.parent / ".lock", wait=True):
                 if not path.exists():  # nor did the process fetch it that held the lock
                     _fetch(drive_id, path)
     except (_FailedError, OSError) as error:
@@ -71,12 +70,15 @@ def sha256(path: Path) -> str:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sret_jax"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sret_jax")
 
 
 def _fetch(drive_id: str, path: Path) -> None:
     """Download under another name first, so that what comes is looked at before it counts."""
     new = _new(path)
+    for file in (new, *_parts(path)):
+        if file.is_symlink():
+            file.unlink()  # gdown would add to what it points to
     if not new.exists():  # complete, but left by a kill that came before the end of this function
         _fetch_with_gdown(drive_id, path)
     with new.open("rb") as file:

@@ -16,10 +16,12 @@ from sret_jax.errors import UserError
 from sret_jax.files import (
     DamagedError,
     check_seal,
+    expand,
     is_sealed,
     local_copy,
     naming_orbax,
     naming_remote,
+    read_json,
     reserve,
     seal,
     write_whole,
@@ -27,6 +29,7 @@ from sret_jax.files import (
 from sret_jax.models.sret import PER_STAGE, SReT
 from sret_jax.models.zoo import create_model
 from sret_jax.weights.adapt import adapt
+from sret_jax.weights.runs import run_identity, saved_steps
 from sret_jax.weights.torch_file import TorchWeights, load_torch_weights
 from sret_jax.weights.torch_names import file_model, fitting_models, from_torch_state_dict
 
@@ -72,6 +75,7 @@ def save_variables(
     Raises:
       UserError: something is there already, or it cannot be written.
     """
+    path = expand(path)
     refuse_existing(path, overwrite=overwrite)
     arrays = jax.tree.map(np.asarray, dict(variables))
     fields = {field: getattr(model, field) for field in _DESCRIBED} if model else {}
@@ -112,7 +116,7 @@ def load_variables(
 def holds_torch(path: epath.PathLike) -> bool:
     """Whether a path is to be read as a file of PyTorch: it is not a folder, nor called `.safetensors`."""
     with naming_remote(path):
-        return not _is_safetensors(path) and not epath.Path(path).is_dir()
+        return not _is_safetensors(path) and not epath.Path(expand(path)).is_dir()
 
 
 def from_torch_weights(weights: TorchWeights, model: SReT | None = None) -> dict[str, Any]:
@@ -169,7 +173,7 @@ def refuse_existing(path: epath.PathLike, *, overwrite: bool) -> None:
       UserError: something is there, and `overwrite` is off or it is a folder that `save_variables` did not write.
     """
     with naming_remote(path):
-        place = epath.Path(path)
+        place = epath.Path(expand(path))
         there, strange = place.exists(), place.is_dir() and not (place / "variables").exists()
     if there and not overwrite:
         raise UserError(f"{os.fspath(path)} exists: give another name, or overwrite=True (--overwrite)")
@@ -227,29 +231,31 @@ def _read_folder(path: Path, *, ema: bool) -> Stored:
         if not is_sealed(path):
             raise DamagedError("it was not written to its end")
         check_seal(path)
-        kept = json.loads((path / "model" / "metadata").read_bytes())
+        kept = read_json(path / "model" / "metadata")
         return Stored(_restore(path / "variables"), *_model_and_name(kept))
     raise UserError(f"{path} holds no variables: expected a converted folder, or the workdir of a training run")
 
 
 def _read_workdir(path: Path, *, ema: bool) -> Stored:
-    steps = [step for step in (path / "checkpoints").iterdir() if step.name.isdigit()]
+    steps = saved_steps(path)
     if not steps:
         raise UserError(f"{path} has no checkpoint yet: wait for the first one")
-    latest, *older = sorted(steps, key=lambda step: int(step.name), reverse=True)
+    latest, *older = (path / "checkpoints" / str(step) for step in steps)
     try:
         variables = _read_folder(latest, ema=ema).variables
     except DamagedError as error:
         others = f"; the one before is {older[0]}" if older else ""
         raise UserError(f"{latest} is damaged ({error}){others}") from error
+    keys = run_identity(path)
     try:
-        keys = json.loads((path / "config.json").read_text(encoding="utf-8"))
         fields = {field: keys.get(f"config.model.{field}") for field in _DESCRIBED}
         given = {field: value for field, value in fields.items() if value is not None}
         name = keys["config.model.name"]
         model = create_model(name, **{**given, "num_classes": keys["classes"]})
-    except (OSError, ValueError, LookupError) as error:
-        raise UserError(f"{path / 'config.json'} cannot be read ({error}): put it back, or give {latest}") from error
+    except (TypeError, ValueError, LookupError) as error:  # UserError is a ValueError
+        raise UserError(
+            f"{path / 'config.json'} describes no model ({error}): put it back, or give {latest}"
+        ) from error
     return Stored(variables, model, name)
 
 

@@ -1,6 +1,7 @@
 """Tests of sret_jax.data.pack and sret_jax.data.shards."""
 
 import contextlib
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -393,6 +394,36 @@ def test_the_command_packs_without_tensorflow_and_says_how_to_read_the_result(
     failed = subprocess.run([*command[:3], tmp_path / "nowhere", tmp_path], capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: cannot list ") and "Traceback" not in failed.stderr
+
+
+def test_a_disk_without_locks_is_no_obstacle(image_folder, monkeypatch, caplog, tmp_path) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert pack(str(image_folder), str(tmp_path), name="small").is_dir()
+    assert "cannot be locked: No locks available" in caplog.text
+    with shards.locked(tmp_path / "small" / ".lock", tmp_path), pytest.raises(UserError, match="another process"):
+        pack(str(image_folder), str(tmp_path), name="small")
+
+
+@pytest.mark.parametrize("name", [".lock", "1.0.0.incomplete/dataset_info.json", "1.0.0.incomplete/features.json"])
+def test_a_packing_writes_through_no_link(image_folder, tmp_path, name: str) -> None:
+    victim, link = tmp_path / "victim", tmp_path / "out" / "small" / name
+    victim.write_text("precious")
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim)
+    with pytest.raises(UserError, match="symbolic link") if name == ".lock" else contextlib.nullcontext():
+        pack(str(image_folder), str(tmp_path / "out"), name="small")
+    assert victim.read_text() == "precious"
+
+
+def test_paths_may_begin_with_the_home_folder(image_folder, monkeypatch, tmp_path) -> None:
+    (tmp_path / "images").symlink_to(image_folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert pack("~/images", "~/out") == tmp_path / "out" / "images" / "1.0.0"
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize(("folder", "out"), [("gs://bucket/images", "out"), ("images", "gs://bucket/tfds")])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sret_jax import UserError
+from sret_jax.files import seal
 from sret_jax.training.checkpoints import Checkpoints, began_with
 from sret_jax.training.mesh import make_mesh, replicated
 from sret_jax.training.step import TrainState
@@ -232,6 +233,74 @@ def test_the_workdir_keeps_its_identity_as_json(workdir):
     assert json.loads((workdir / "config.json").read_text()) == IDENTITY
 
 
+def test_a_run_that_is_to_be_longer_is_told_how_to_begin_from_these_weights(workdir):
+    with pytest.raises(UserError, match=f"for a longer run too: --config.init_from={workdir}"):
+        open_checkpoints(workdir, {**IDENTITY, "config.epochs": 600})
+
+
+def test_what_a_damaged_config_json_says_is_shown_in_short(workdir):
+    there = {**IDENTITY, "config.seed": "9" * 10_000, "config.model.name": "\x1b[31m\n", "config.epochs": [[[1]]]}
+    (workdir / "config.json").write_text(json.dumps(there))
+    with pytest.raises(UserError) as error:
+        open_checkpoints(workdir)
+    assert f"config.seed is {'9' * 200}… there, 0 now" in str(error.value)
+    assert r"config.model.name is \x1b[31m\n there" in str(error.value)
+
+
+@pytest.mark.parametrize("name", [".lock", ".space", "config.json", "config.json.new"])
+def test_nothing_is_written_through_a_link_in_a_workdir(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(victim)
+    refused = pytest.raises(UserError, match="symbolic link") if name == ".lock" else contextlib.nullcontext()
+    with refused, open_checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(10, make_state(10), {"accuracy": 0.1})
+    assert victim.read_text() == "precious"
+
+
+def test_what_lies_in_damaged_checkpoints_stays(workdir, tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "30").mkdir(parents=True)
+    (photos / "30" / "cat.jpg").write_text("precious")
+    (workdir / "damaged_checkpoints").symlink_to(photos)
+    cut(data_files(workdir)[0])
+    restored, said = restore(workdir)
+    assert_is(restored, 20)
+    assert "damaged_checkpoints/30.2" in said[0]
+    assert (photos / "30" / "cat.jpg").read_text() == "precious" and (photos / "30.2" / "state").is_dir()
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"3",
+        b"[" * 100_000,
+        b'{"metrics": {"accuracy": "0.9"}, "is_new": true}',
+        b'{"metrics": {"accuracy": ' + b"9" * 400 + b'}, "is_new": true}',
+        b'{"metrics": {}, "is_new": true}',
+        b'{"metrics": [], "is_new": false}',
+        b'{"metrics": {"accuracy": 0.9}}',
+        b'{"metrics": {"accuracy": 0.9}, "is_new": 1, "identity": 3}',
+        b"\xff",
+    ],
+)
+def test_an_evaluation_that_no_run_wrote_is_damage_whatever_its_checksum(workdir, note):
+    folder = workdir / "checkpoints" / "30"
+    (folder / "evaluation" / "metadata").write_bytes(note)
+    seal(folder, only_folders=True)
+    restored, said = restore(workdir)
+    assert_is(restored, 20)
+    assert "checkpoint 30 is damaged (evaluation/metadata is not what was written" in said[0]
+
+
+def test_a_damaged_evaluation_makes_no_checkpoint_the_best(workdir):
+    file = workdir / "checkpoints" / "20" / "evaluation" / "metadata"
+    file.write_bytes(file.read_bytes().replace(b"0.2", b"0.9"))
+    with open_checkpoints(workdir) as checkpoints:
+        assert checkpoints.best_step() == 30
+
+
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot read or write .*file"):
@@ -265,11 +334,21 @@ def test_a_workdir_tells_what_its_run_began_with(workdir, tmp_path):
     assert began_with(str(workdir)) == ""
 
 
-@pytest.mark.parametrize("content", ["", "[1", "3"])
+@pytest.mark.parametrize("content", ["", "[1", "3", "\xff", "[" * 100_000, '[["a", 1]]', "null"])
 def test_a_damaged_config_json_is_named(workdir, content):
-    (workdir / "config.json").write_text(content)
+    (workdir / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         open_checkpoints(workdir)
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        began_with(str(workdir))
+
+
+def test_what_a_run_began_with_is_read_where_damage_is_noticed(tmp_path):
+    identity = {**IDENTITY, "config.init_from": "a.pth"}
+    with open_checkpoints(tmp_path, identity) as checkpoints:
+        checkpoints.save(10, make_state(10), {"accuracy": 0.1})
+    (tmp_path / "config.json").write_text(json.dumps({**identity, "config.init_from": "b.pth"}))
+    assert began_with(str(tmp_path)) == "a.pth"
 
 
 def test_checkpoints_that_nothing_says_what_they_belong_to_are_refused(workdir):

@@ -450,6 +450,68 @@ def test_a_folder_where_a_file_should_be_is_named(tmp_path: Path, log: Console, 
         report.finish(accuracy=0.5, checkpoint="checkpoints/30", best_checkpoint="best")
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.new", "run.json.new", "learning_curves.png.new"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, log: Console, name: str) -> None:
+    victim, workdir = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("precious")
+    workdir.mkdir()
+    (workdir / name).symlink_to(victim)
+    with report_of(workdir, console=log) as report:
+        report.start(model="sret_t")
+        report.evaluation(10, EVALUATION)
+        report.finish(accuracy=0.5, checkpoint="checkpoints/30", best_checkpoint="best")
+    assert victim.read_text() == "precious"
+    assert not (workdir / "metrics.jsonl").is_symlink()
+
+
+RECORD = b'{"step": 10, "epoch": 1.0, "kind": "train", "loss": 1.5, "learning_rate": 0.1, "seconds": 9.5}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff",
+        b"[" * 100_000,
+        RECORD.replace(b"10", b'"10"'),
+        RECORD.replace(b"10", b"-1"),
+        RECORD.replace(b"10", b"true"),
+        RECORD.replace(b"10", b"1.5"),
+        RECORD.replace(b"1.0", b"9" * 400),
+        RECORD.replace(b"9.5", b"1e999"),
+        RECORD.replace(b"9.5", b"null"),
+        RECORD.replace(b"1.5", b"[1.5]"),
+        RECORD.replace(b"1.5", b"NaN"),
+        RECORD.replace(b'"loss"', b'"lots"'),
+        RECORD.replace(b'"train"', b'"trian"'),
+        RECORD.replace(b'"train"', b"{}"),
+        RECORD.replace(b'"train"', b'"evaluation"'),
+    ],
+)
+def test_a_line_that_no_run_wrote_is_named(tmp_path: Path, log: Console, line: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(RECORD + b"\n" + line + b"\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: expected a record of a run"):
+        learning_curves(str(tmp_path))
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: expected a record of a run"):
+        report_of(tmp_path, first_step=10, console=log).__enter__()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"model": ' + b"9" * 5000 + b"}"])
+def test_curves_are_drawn_without_damaged_facts_and_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(RECORD + b"\n")
+    (tmp_path / "run.json").write_bytes(content)
+    assert png_size(learning_curves(str(tmp_path))) == SIZE
+    assert "run.json is not what was written" in caplog.text and "drawn without the facts" in caplog.text
+
+
+@pytest.mark.parametrize("model", [None, 3, {"a": []}, "$x_{$", "\udce9"])
+def test_curves_are_drawn_under_any_title(tmp_path: Path, model: object) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(RECORD + b"\n")
+    (tmp_path / "run.json").write_text(json.dumps({"model": model, "other": model}))
+    assert png_size(learning_curves(str(tmp_path))) == SIZE
+
+
 def test_a_workdir_that_is_not_on_a_disk_is_refused(log: Console) -> None:
     with pytest.raises(UserError, match="gs://bucket/run is not a folder"):
         report_of("gs://bucket/run", console=log).__enter__()

@@ -5,6 +5,8 @@ file, then the file, whole or from a byte on.
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import http.server
 import io
@@ -282,6 +284,36 @@ def test_two_downloads_at_once_fetch_it_once(drive: Drive, tmp_path: Path) -> No
         thread.join()
     assert (tmp_path / "sret_t.pth").read_bytes() == CHECKPOINT
     assert len(drive.ranges) == 1
+
+
+@pytest.mark.parametrize("name", ["sret_t.pth.new", "sret_t.pth.newabcdefgh.part", ".lock"])
+def test_a_download_writes_through_no_link(drive: Drive, tmp_path: Path, name: str) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    victim.write_bytes(b"precious")
+    folder.mkdir()
+    (folder / name).symlink_to(victim)
+    if name == ".lock":
+        assert "it is a symbolic link, through which nothing is written: remove it" in failure(folder)
+    else:
+        assert download("sret_t", folder).read_bytes() == CHECKPOINT
+    assert victim.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_no_obstacle(drive: Drive, monkeypatch, caplog, tmp_path: Path, number: int) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    drive.seconds_before_file = 0.5
+    threads = [threading.Thread(target=download, args=("sret_t", tmp_path)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert (tmp_path / "sret_t.pth").read_bytes() == CHECKPOINT
+    assert len(drive.ranges) == 1  # the second waited
+    assert "cannot be locked: refused" in caplog.text
 
 
 def test_downloads_of_too_many_users_are_told_apart(drive: Drive, tmp_path: Path) -> None:
