@@ -2,10 +2,12 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -109,10 +111,12 @@ def list_folder(folder: str, split: str) -> FolderExamples:
 
     Raises:
       UserError: if a folder cannot be read, there is no such split, it holds no image or a class that `train` lacks, or
-        `train` is asked for and holds a class without images.
+        `train` is asked for and holds a class without images. What only looks wrong in the classes is warned of once.
     """
     splits = split_folders(folder)
     class_names = list_classes(folder)
+    for oddity in _oddities(folder, class_names):
+        _warn_once(oddity)
     # Only what the split speaks of: listing a million images that nobody asked for takes its time.
     listed = {name: _list_split(folder, name, class_names) for name in named_splits(split, splits.values())}
     infos = {
@@ -133,6 +137,7 @@ def list_folder(folder: str, split: str) -> FolderExamples:
         raise UserError(
             f"there is no image in {folder}, split {split!r}. Expected files "
             f"{splits.get(split, 'train')}/<class>/<image> whose names end in one of {', '.join(_IMAGE_SUFFIXES)}"
+            + "".join(_loose_images(folder, name) for name in listed)
         )
     return FolderExamples(folder, class_names, names, labels)
 
@@ -141,6 +146,13 @@ def _list_split(folder: str, sub_folder: str, class_names: tuple[str, ...]) -> t
     """Names and labels of all images of a sub-folder."""
     present = _sub_folders(os.path.join(folder, sub_folder))
     if unknown := sorted(set(present) - set(class_names)):
+        if twins := [name for name in class_names if _look_alike(name) == _look_alike(unknown[0])]:
+            raise UserError(
+                f"{os.path.join(folder, sub_folder, unknown[0])} is not a class, though it looks like one: it is "
+                f"called {unknown[0]!a}, but train has {twins[0]!a}, the same letters in another Unicode form, as "
+                "macOS writes them. Expected one form in all splits: rename one of the folders, or all with `convmv -r "
+                f"-f utf8 -t utf8 --nfc --notest {folder}`"
+            )
         raise UserError(
             f"{os.path.join(folder, sub_folder, unknown[0])} is not a class: train has no sub-folder {unknown[0]!r}"
             + (f", nor {len(unknown) - 1} others of {sub_folder}" if unknown[1:] else "")
@@ -171,6 +183,44 @@ def _list_split(folder: str, sub_folder: str, class_names: tuple[str, ...]) -> t
     return names[order], np.repeat(np.array([labels[name] for name in present], np.int32), counts)[order]
 
 
+def _oddities(folder: str, class_names: tuple[str, ...]) -> Iterator[str]:
+    """What looks wrong in the classes of a folder, in words."""
+    train = os.path.join(folder, "train")
+    if len(class_names) == 1 and (deeper := _sub_folders(os.path.join(train, class_names[0]))):
+        some = ", ".join(deeper[:3]) + ", …" * (len(deeper) > 3)
+        yield (
+            f"{train} has one sub-folder, {class_names[0]}, which is taken for the only class. Its own sub-folders "
+            f"({some}) look like the classes: move them up into {train}, and likewise in the other splits"
+        )
+    if all(name.isascii() and name.isdigit() for name in class_names):
+        by_number = sorted(class_names, key=int)
+        if by_number != list(class_names):
+            label = next(n for n, (a, b) in enumerate(zip(class_names, by_number, strict=True)) if a != b)
+            yield (
+                f"the classes of {train} are all numbers, and labels follow the order of their names as text, as "
+                f"torchvision's ImageFolder has it: label {label} is the class {class_names[label]}, not "
+                f"{by_number[label]}. For labels in the order of the numbers, fill the names up with zeros"
+            )
+    seen: dict[str, str] = {}
+    for name in class_names:
+        if (other := seen.setdefault(_look_alike(name), name)) != name:
+            yield (
+                f"{train} has two classes that look the same, {other!a} and {name!a}: the same letters in two Unicode "
+                "forms. If they are one class, move the images of one folder into the other"
+            )
+
+
+def _look_alike(name: str) -> str:
+    """What names that look the same have in common: macOS takes accents apart, other systems leave them as typed."""
+    return unicodedata.normalize("NFC", name)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """A run lists a folder for each of its splits."""
+    _LOG.warning("%s", message)
+
+
 def _hashes(names: np.ndarray) -> np.ndarray:
     digests = [hashlib.blake2b(name, digest_size=8).digest() for name in names.tolist()]
     return np.frombuffer(b"".join(digests), np.dtype(">u8"))
@@ -189,6 +239,22 @@ def _image_names(folder: str, class_folder: str) -> tuple[np.ndarray, list[str]]
         for file in filter(_is_shown, files):
             (names if file.lower().endswith(_IMAGE_SUFFIXES) else others).append(f"{inside}/{file}")
     return np.array([os.fsencode(name) for name in sorted(names)], np.bytes_), others
+
+
+def _loose_images(folder: str, sub_folder: str) -> str:
+    """The images of a split that are in no class's folder, in words; none is no word."""
+    try:
+        with os.scandir(os.path.join(folder, sub_folder)) as entries:
+            names = [entry.name for entry in entries if not entry.is_dir() and _is_shown(entry.name)]
+    except OSError as error:
+        _raise_unlistable(error)
+    images = sorted(name for name in names if name.lower().endswith(_IMAGE_SUFFIXES))
+    if not images:
+        return ""
+    return (
+        f". {sub_folder}/{images[0]}" + f" and {len(images) - 1} others" * (len(images) > 1) + " are in no class's "
+        "folder: move each into that of its class, which has the name that it has in train"
+    )
 
 
 def _sub_folders(folder: str) -> list[str]:

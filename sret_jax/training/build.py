@@ -32,10 +32,20 @@ from sret_jax.weights.store import load_variables
 
 
 def open_split(config: ConfigDict, split: str) -> Source:
-    """A split of the data that the config names."""
+    """A split of the data that the config names.
+
+    Raises:
+      UserError: it cannot be opened, or has one class: whatever a network says of it is right.
+    """
     data = config.data
     image_size = config.model.image_size or create_model(config.model.name).image_size
     source = open_source(data.source, split, data.path, image_size=image_size, length=data.synthetic_examples)
+    if source.num_classes < 2:
+        raise UserError(
+            f"{source.name} has one class, {source.class_names[0]!r}: there is nothing to learn, for every answer is "
+            "right. Expected two classes or more; in a folder of images these are the sub-folders of train, so that "
+            "they must not lie deeper"
+        )
     return keeping_decoded(source)
 
 

@@ -31,7 +31,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
       workdir: of a training run, or unused. Nothing is written.
 
     Returns:
-      accuracy, top5_accuracy, loss, examples.
+      accuracy, top5_accuracy where there are more than five classes, loss, examples.
 
     Raises:
       UserError: what a user can mend; the message says how.
@@ -51,7 +51,8 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
         print(f"weights        {path}{', moving average' if config.init_ema else ''}")
         print(f"test images    {source.name}: {metrics['examples']:,.0f}")
         print(f"test accuracy  {100 * metrics['accuracy']:.2f} %")
-        print(f"top-5          {100 * metrics['top5_accuracy']:.2f} %")
+        if "top5_accuracy" in metrics:
+            print(f"top-5          {100 * metrics['top5_accuracy']:.2f} %")
         print(f"loss           {metrics['loss']:.4f}")
     return metrics
 

@@ -54,7 +54,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         must see the same.
 
     Returns:
-      The last evaluation: accuracy, top5_accuracy, loss, examples; ema_accuracy and so on of the moving average.
+      The last evaluation: accuracy, top5_accuracy where there are more than five classes, loss, examples; ema_accuracy
+      and so on of the moving average.
 
     Raises:
       UserError: what a user can mend; the message says how.

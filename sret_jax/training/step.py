@@ -22,6 +22,9 @@ from sret_jax.training.teacher import Teacher, teacher_probabilities
 _COMPILED_QUICKLY: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 0}}
 """For programs that run once, by platform: some forty draws take long to compile, and no time to run."""
 
+# Classes that count as hits of the top-5 accuracy.
+_TOP = 5
+
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -236,21 +239,22 @@ def make_eval_step(model: SReT, mesh: Mesh) -> Callable[[Mapping[str, Any], Batc
     """A jitted (variables, batch) -> sums over the batch's examples, those with a False "mask" left out.
 
     The sums, float32 scalars: loss (cross-entropy with the hard label), accuracy (label ranked first), top5_accuracy
-    (among the first five), examples. Divide the others by examples.
+    (among the first five, where there are more than five classes), examples. Divide the others by examples.
     """
 
     def eval_step(variables: Mapping[str, Any], batch: Batch) -> Metrics:
         variables = jax.lax.with_sharding_constraint(variables, whole)
         logits = cast(jax.Array, model.apply(variables, normalize(batch["image"])))
         labels, mask = batch["label"], batch["mask"]
-        _, ranked = jax.lax.top_k(logits, min(5, model.num_classes))
+        _, ranked = jax.lax.top_k(logits, min(_TOP, model.num_classes))
         hits = ranked == labels[:, None]
         per_example = {
             "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
             "accuracy": hits[:, 0],
-            "top5_accuracy": hits.any(axis=1),
             "examples": jnp.ones_like(labels),
         }
+        if model.num_classes > _TOP:  # else it would be 100 %, whatever the network says
+            per_example["top5_accuracy"] = hits.any(axis=1)
         return {name: jnp.where(mask, value, 0).sum(dtype=jnp.float32) for name, value in per_example.items()}
 
     whole = replicated(mesh)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -190,3 +191,60 @@ def test_folders_linked_in_a_circle_are_the_users_error(target: str, tmp_path: P
     (tmp_path / "train/a/b/loop").symlink_to(tmp_path / target)
     with pytest.raises(UserError, match="train/a/b/loop is a symbolic link to a folder around it"):
         list_folder(str(tmp_path), "train")
+
+
+def test_a_class_in_another_unicode_form_is_named_so_that_the_difference_is_seen(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    _touch(tmp_path, f"train/{composed}/1.jpg", "train/tea/1.jpg", f"val/{apart}/1.jpg", "val/tea/1.jpg")
+    with pytest.raises(UserError) as raised:
+        list_folder(str(tmp_path), "val")
+    for part in (
+        r"it is called 'cafe\u0301'",
+        r"train has 'caf\xe9'",
+        "another Unicode form",
+        "convmv -r -f utf8 -t utf8 --nfc",
+    ):
+        assert part in str(raised.value)
+
+
+def test_two_classes_that_look_the_same_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    _touch(tmp_path, *(f"train/{name}/1.jpg" for name in [*names, "tea"]))
+    assert len(list_folder(str(tmp_path), "train").class_names) == 3
+    (message,) = caplog.messages
+    assert r"two classes that look the same, 'cafe\u0301' and 'caf\xe9'" in message
+
+
+def test_classes_that_are_numbers_are_ordered_as_text_and_it_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _touch(tmp_path, *(f"{split}/{number}/1.jpg" for split in ("train", "val") for number in range(12)))
+    for split in ("train", "val"):
+        assert list_folder(str(tmp_path), split).class_names == tuple(sorted(map(str, range(12))))  # as ImageFolder
+    (message,) = caplog.messages
+    assert "labels follow the order of their names as text" in message and "label 2 is the class 10, not 2" in message
+
+
+@pytest.mark.parametrize("names", [["0", "1", "9"], ["00", "01", "10"], ["1", "10", "2b"]])
+def test_other_classes_have_no_order_to_speak_of(
+    names: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _touch(tmp_path, *(f"train/{name}/1.jpg" for name in names))
+    list_folder(str(tmp_path), "train")
+    assert not caplog.messages
+
+
+def test_classes_that_lie_a_folder_too_deep_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _touch(tmp_path, *(f"{split}/images/{name}/1.jpg" for split in ("train", "val") for name in "abcd"))
+    for split in ("train", "val"):
+        assert list_folder(str(tmp_path), split).class_names == ("images",)
+    (message,) = caplog.messages
+    assert f"{tmp_path}/train has one sub-folder, images" in message and "(a, b, c, …) look like the classes" in message
+
+
+def test_images_without_folders_of_classes_are_named(tmp_path: Path) -> None:
+    _touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/2.JPEG", "val/1.JPEG", "val/readme")
+    with pytest.raises(
+        UserError, match=r"images outside of its classes' folders, 1.JPEG first of 2, .*val/<class>/<im"
+    ):
+        list_folder(str(tmp_path), "val")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from sret_jax import UserError, count_params
-from sret_jax.training.build import make_model, make_optimizer
+from sret_jax.training.build import make_model, make_optimizer, open_split
 from sret_jax.training.config import base_config, check_config, flatten, identity
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -27,6 +27,19 @@ def test_every_config_is_complete_and_builds_its_model_and_optimizer(name):
     jax.eval_shape(optimizer.init, params)
     peak = config.optimizer.learning_rate * config.batch_size / 512
     assert max(float(schedule(step)) for step in range(0, 100 * config.epochs, 50)) == pytest.approx(peak, rel=0.05)
+
+
+def test_images_of_one_class_are_refused(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "images").mkdir(parents=True)
+        (tmp_path / split / "images" / "1.jpg").touch()
+    config = load("sret_t")
+    config.data.source, config.data.path = "folder", str(tmp_path)
+    for split in ("train", "val"):
+        with pytest.raises(
+            UserError, match=r"has one class, 'images': there is nothing to learn.* sub-folders of train"
+        ):
+            open_split(config, split)
 
 
 def test_sret_t_is_the_published_network_and_recipe():

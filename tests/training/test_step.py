@@ -140,6 +140,16 @@ def test_evaluation_counts_masked_rows_not_at_all_and_others_once(eight):
     np.testing.assert_allclose(sums["loss"], (np.log(np.exp(logits).sum(1)) - label_logits).sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("classes", "ranked"), [(2, ()), (5, ()), (6, ("top5_accuracy",)), (10, ("top5_accuracy",))])
+def test_a_rank_that_every_class_has_is_no_metric(classes, ranked):
+    model, mesh = MODEL.clone(num_classes=classes), make_mesh({"data": -1}, ROWS, jax.devices()[:1])
+    images = jax.ShapeDtypeStruct((ROWS, 32, 32, 3), jnp.uint8)
+    batch = {"image": images, "label": jnp.zeros(ROWS, jnp.int32), "mask": jnp.ones(ROWS, bool)}
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    sums = jax.eval_shape(make_eval_step(model, mesh), variables, batch)
+    assert sums.keys() == {"loss", "accuracy", "examples", *ranked}
+
+
 def test_the_same_seed_and_step_draw_the_same_and_others_others(one):
     batch = put_batch(random_batch(0), one.mesh)
 
