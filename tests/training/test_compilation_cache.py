@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -13,8 +14,9 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
+from sret_jax.files import DamagedError
 from sret_jax.training import compilation_cache
-from sret_jax.training.compilation_cache import cache_folder
+from sret_jax.training.compilation_cache import ChecksummedPath, cache_folder
 from sret_jax.training.config import base_config, check_config, identity
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -50,6 +52,10 @@ def first(run, tmp_path_factory):
 
 def entries(cache):
     return {path.name: path.read_bytes() for path in cache.glob("*-cache")}
+
+
+def checksummed(path):
+    return ChecksummedPath(f"checksummed://{path}")
 
 
 def programs(cache):
@@ -103,8 +109,8 @@ def test_a_run_compiles_what_a_damaged_cache_does_not_give_and_mends_it(run, fir
     for program in PROGRAMS:
         assert len([line for line in complaints(result) if f"{program} is compiled again" in line]) == 1
     assert entries(cache).keys() == whole.keys()
-    for content in entries(cache).values():
-        zlib.decompress(content)  # as JAX does, where nothing better is installed
+    for name in whole:
+        zlib.decompress(checksummed(cache / name).read_bytes())  # as JAX does, where nothing better is installed
 
 
 def test_a_full_disk_ends_no_run_and_leaves_no_part_of_a_program(run, first, tmp_path):
@@ -183,7 +189,7 @@ for name in ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", 
     answer = subprocess.run(
         [sys.executable, "-c", ask, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert answer.stdout.splitlines() == [repr(f"{tmp_path}/cache"), "0.0", "''"], answer.stderr
+    assert answer.stdout.splitlines() == [repr(f"checksummed://{tmp_path}/cache"), "0.0", "''"], answer.stderr
 
 
 def test_the_oldest_programs_go_when_there_are_too_many(tmp_path):
@@ -194,3 +200,90 @@ def test_the_oldest_programs_go_when_there_are_too_many(tmp_path):
     compilation_cache._make_room(epath.Path(tmp_path), 250)
     assert {path.name for path in tmp_path.iterdir()} == {"new-cache", "middle-cache", "else"}
     compilation_cache._make_room(epath.Path(tmp_path / "nowhere"), 250)
+
+
+# The command of a process whose JAX compresses as with zstandard: whatever is in an entry decompresses to something.
+CHANGES = """
+import random, sys, types
+import jax, numpy as np
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+import jax._src.compilation_cache as jaxs
+from pathlib import Path
+from sret_jax.training.compilation_cache import use_compilation_cache
+from sret_jax.training.config import base_config
+
+as_it_is = types.SimpleNamespace(compress=bytes, decompress=bytes)
+jaxs.zstd, jaxs.zstandard = None, types.SimpleNamespace(
+    ZstdCompressor=lambda: as_it_is, ZstdDecompressor=lambda: as_it_is
+)
+use_compilation_cache(base_config(), sys.argv[1])
+
+def compute():
+    reset_cache(), jax.clear_caches()
+    return np.asarray(jax.jit(lambda x: jax.numpy.sin(x) @ x.T + 3.25)(np.arange(64.0, dtype=np.float32).reshape(8, 8)))
+
+expected = compute()
+(entry,) = Path(sys.argv[1], "cache").glob("jit__lambda-*-cache")
+whole = entry.read_bytes()
+rng = random.Random(0)
+for _ in range(int(sys.argv[2])):
+    changed = bytearray(whole)
+    changed[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+    entry.write_bytes(changed)
+    np.testing.assert_array_equal(compute(), expected)
+    assert entry.read_bytes() != bytes(changed)
+print("all", len(whole))
+"""
+
+
+def test_no_changed_byte_reaches_jax_where_its_compression_has_no_checksum(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    answer = subprocess.run(
+        [sys.executable, "-c", CHANGES, tmp_path, "40"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert answer.stdout.startswith("all "), answer.stderr[-2000:]
+    assert set(answer.stderr.splitlines()) <= {
+        f"jit__lambda is compiled again, because {entry} {cause}"
+        for entry in tmp_path.glob("cache/jit__lambda-*-cache")
+        for cause in ("is not what was written", "has no checksum")
+    }
+
+
+def test_an_entry_is_what_was_written_under_its_name_or_is_not_there(tmp_path, caplog):
+    entry = checksummed(tmp_path / "new" / "folder") / "jit_f-1-cache"
+    assert not entry.exists()
+    assert entry.write_bytes(b"a program") == len(b"a program")
+    assert (entry.exists(), entry.read_bytes()) == (True, b"a program")
+    path, other = (tmp_path / "new" / "folder" / f"jit_f-{number}-cache" for number in (1, 2))
+    whole = path.read_bytes()
+    assert not caplog.records
+    for place in range(len(whole)):
+        for changed in (whole[:place], whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :]):
+            path.write_bytes(changed)
+            assert not entry.exists()
+            with pytest.raises(DamagedError):
+                entry.read_bytes()
+    assert {record.getMessage() for record in caplog.records} == {
+        f"jit_f is compiled again, because {path} {cause}" for cause in ("is not what was written", "has no checksum")
+    }
+    other.write_bytes(whole)
+    assert not checksummed(other).exists()  # another program's entry
+    entry.write_bytes(b"another")
+    assert entry.read_bytes() == b"another"
+    assert sorted(path.parent.iterdir()) == [path, other]
+
+
+def test_readers_and_writers_of_one_folder_do_not_disturb_each_other(tmp_path):
+    entry = checksummed(tmp_path) / "jit_f-1-cache"
+    contents = [bytes([number]) * 300_000 for number in range(8)]
+    entry.write_bytes(contents[0])
+
+    def write_and_read(content):
+        for _ in range(20):
+            entry.write_bytes(content)
+            assert entry.exists()
+            assert entry.read_bytes() in contents
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(write_and_read, contents))
+    assert [path.name for path in tmp_path.iterdir()] == ["jit_f-1-cache"]
