@@ -18,6 +18,7 @@ from sret_jax.data.sources import Source, keeping_decoded, open_source
 from sret_jax.errors import UserError
 from sret_jax.models.sret import SReT
 from sret_jax.models.zoo import create_model
+from sret_jax.training.config import base_config
 from sret_jax.training.optimizer import Schedule, adamw, warmup_constant, warmup_cosine
 from sret_jax.training.step import (
     Distillation,
@@ -96,6 +97,23 @@ def make_augmentation(config: ConfigDict) -> Augmentation:
     """What happens to a batch on the device."""
     soft_labels = LabelType.parse(config.distill.label_type).kind if config.distill.soft_labels else ""
     return Augmentation(**config.augment, soft_labels=soft_labels)
+
+
+def training_loss_of(config: ConfigDict) -> str:
+    """In words, what makes the training loss another one than the test loss; empty if nothing does."""
+    data, augment, distill, plain = config.data, config.augment, config.distill, base_config()
+    changes_images = (
+        any(data[key] != plain.data[key] for key in ("crop_area", "crop_aspect", "rand_augment"))
+        or any((augment.flip, augment.erasing))
+        or distill.soft_labels  # which are of crops
+    )
+    done = {
+        "augmentation": changes_images,
+        "mixup": augment.mixup or augment.cutmix,
+        "soft targets": augment.label_smoothing or distill.soft_labels or distill.teacher,
+    }
+    words = ", ".join(word for word, is_done in done.items() if is_done)
+    return f"with {words}" if words else ""
 
 
 def make_model(config: ConfigDict, num_classes: int) -> SReT:

@@ -28,6 +28,7 @@ from sret_jax.training.build import (
     open_split,
     soft_classes,
     training_batches,
+    training_loss_of,
     warnings_to,
 )
 from sret_jax.training.checkpoints import Checkpoints
@@ -221,6 +222,7 @@ def _facts(
         **({"hosts": jax.process_count()} if jax.process_count() > 1 else {}),
         "training_images": f"{train_source.name}: {len(train_source.examples):,}",
         "test_images": f"{eval_source.name}: {len(eval_source.examples):,}",
+        **({"training_loss": difference} if (difference := training_loss_of(config)) else {}),
         **({"teacher": ", ".join(teacher.name for teacher in teachers)} if teachers else {}),
         **({"soft_labels": _described(config, labels)} if labels else {}),
         "seed": config.seed,

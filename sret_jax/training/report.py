@@ -264,9 +264,10 @@ def learning_curves(workdir: str) -> str:
     if not metrics.is_file():
         raise UserError(f"there is no {metrics.name} in {workdir}: give the workdir of a run that has begun to train.")
     facts = {"model": "Learning curves", **_read_facts(facts_path(workdir))}
-    subtitle = "  ·  ".join(f"{words(name)}: {text_of(fact)}" for name, fact in facts.items() if name != "model")
+    model, training_loss = (shown(text_of(facts.pop(name, ""))) for name in ("model", "training_loss"))
+    told = (shown(f"{words(name)}: {text_of(fact)}").replace(" ", "\N{NO-BREAK SPACE}") for name, fact in facts.items())
     picture = expand_local(workdir) / "learning_curves.png"
-    replace(picture, draw_curves(read_metrics(metrics), shown(text_of(facts["model"])), shown(subtitle)))
+    replace(picture, draw_curves(read_metrics(metrics), model, "  ·  ".join(told), training_loss))
     return str(picture)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from sret_jax import UserError, count_params
-from sret_jax.training.build import make_model, make_optimizer, open_split
+from sret_jax.training.build import make_model, make_optimizer, open_split, training_loss_of
 from sret_jax.training.config import base_config, check_config, flatten, identity
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -113,3 +113,22 @@ def test_the_identity_of_a_run_leaves_out_how_it_is_computed():
 def test_every_key_has_a_place_in_the_flat_config():
     assert flatten(base_config())["mesh"] == {"data": -1, "fsdp": 1}
     assert flatten(base_config())["optimizer.b1"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ""),
+        ({"augment.flip": 0.5}, "with augmentation"),
+        ({"data.crop_area": (0.08, 1.0)}, "with augmentation"),
+        ({"data.rand_augment": "rand-m9"}, "with augmentation"),
+        ({"augment.label_smoothing": 0.1}, "with soft targets"),
+        ({"augment.erasing": 0.25, "augment.cutmix": 1.0}, "with augmentation, mixup"),
+        ({"augment.flip": 0.5, "augment.mixup": 0.8, "distill.teacher": "a"}, "with augmentation, mixup, soft targets"),
+        ({"distill.soft_labels": "labels"}, "with augmentation, soft targets"),
+    ],
+)
+def test_the_training_loss_is_named_by_what_the_test_loss_is_without(changes, words):
+    config = base_config()
+    config.update_from_flattened_dict(changes)
+    assert training_loss_of(config) == words

@@ -1,6 +1,7 @@
 """What a run prints and writes down, also when it is interrupted or the disk refuses."""
 
 import io
+import itertools
 import json
 import math
 import resource
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sret_jax.errors import UserError
-from sret_jax.training.curves import SIZE, draw_curves
+from sret_jax.training.curves import SIZE, curves_figure, draw_curves
 from sret_jax.training.records import read_metrics
 from sret_jax.training.report import Report, learning_curves
 
@@ -426,6 +429,85 @@ def test_of_several_records_of_one_step_the_last_is_drawn() -> None:
     twice = [evaluation_record(10, 0.1), evaluation_record(20, 0.9), evaluation_record(10, 0.3)]
     once = [evaluation_record(20, 0.9), evaluation_record(10, 0.3)]
     assert draw_curves(twice, "sret_t") == draw_curves(once, "sret_t")
+
+
+def evaluations(*accuracies: float | None, **others: float) -> list[dict[str, Any]]:
+    """One at the end of each epoch."""
+    return [{**evaluation_record(10 * epoch, accuracy), **others} for epoch, accuracy in enumerate(accuracies, 1)]
+
+
+def points(line: Any) -> list[tuple[float, float]]:
+    return [(float(epoch), float(value)) for epoch, value in zip(line.get_xdata(), line.get_ydata(), strict=True)]
+
+
+def test_the_test_loss_stands_beside_the_training_loss_which_says_how_it_differs() -> None:
+    records = [train_record(10, 2.0), train_record(20, 1.5)]
+    records += [{**evaluation_record(10 * epoch), "loss": loss} for epoch, loss in ((1, 1.75), (2, 1.25))]
+    loss_axes, _, _ = curves_figure(records, "", "", "with augmentation, mixup").axes
+    assert {line.get_label(): points(line) for line in loss_axes.lines} == {
+        "training, with augmentation, mixup": [(1, 2.0), (2, 1.5)],
+        "test": [(1, 1.75), (2, 1.25)],
+    }
+    named = [text.get_text() for text in loss_axes.get_legend().get_texts()]
+    assert named == ["training, with augmentation, mixup", "test"]
+
+
+def test_the_moving_averages_evaluations_are_curves_of_their_own() -> None:
+    records = evaluations(0.5, 0.75, loss=1.0, ema_loss=0.5, ema_accuracy=0.875)
+    loss_axes, accuracy_axes, _ = curves_figure(records, "", "", "").axes
+    averages = [
+        line for axes in (loss_axes, accuracy_axes) for line in axes.lines if "moving average" in line.get_label()
+    ]
+    assert [points(line) for line in averages] == [[(1, 0.5), (2, 0.5)], [(1, 87.5), (2, 87.5)]]
+
+
+@pytest.mark.parametrize(
+    ("records", "summary", "marked"),
+    [
+        (evaluations(0.5), "last 50.00 %, the best", {(1, 50)}),
+        (evaluations(0.25, 0.75, 0.5), "last 50.00 %, best 75.00 % at epoch 2", {(3, 50), (2, 75)}),
+        (evaluations(0.75, 0.5, 0.75), "last 75.00 %, the best", {(3, 75), (1, 75)}),
+        (evaluations(0.75, 0.5, None), "last 50.00 %, best 75.00 % at epoch 1", {(2, 50), (1, 75)}),
+        (evaluations(0.25, 0.5, ema_accuracy=0.75), "last 75.00 %, the best", {(2, 75), (1, 75)}),
+    ],
+    ids=["one", "earlier", "as good earlier", "the last not finite", "the moving average is better"],
+)
+def test_the_best_epoch_is_marked_beside_the_last(
+    records: list[dict[str, Any]], summary: str, marked: set[tuple[float, float]]
+) -> None:
+    _, axes, _ = curves_figure(records, "", "", "").axes
+    assert axes.get_title(loc="right") == summary
+    assert {point for line in axes.lines if len(points(line)) == 1 for point in points(line)} >= marked
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs"),
+    [("a", 300), ("many short words " * 40, 1), ("x" * 400, 2), ("$\\frac{", 300), ("Blüte 花 " * 30, 1)],
+    ids=["short", "words", "a word", "formula", "another script"],
+)
+@pytest.mark.filterwarnings("error")
+def test_no_text_is_cut_and_none_lies_over_another(name: str, epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, Bbox]] = []
+    draw = Text.draw
+
+    def observe(text: Text, renderer: Any) -> None:
+        if text.get_visible() and text.get_text():
+            drawn.append((text.get_text(), text.get_window_extent(renderer)))
+        draw(text, renderer)
+
+    monkeypatch.setattr(Text, "draw", observe)
+    records = evaluations(*[1 - epoch / 1e6 for epoch in range(epochs)], loss=1.0, ema_loss=0.5, ema_accuracy=0.5)
+    records += [train_record(10 * epoch, 123.456) for epoch in range(1, epochs + 1)]
+    picture = draw_curves(records, name, f"a path: {name}", "with augmentation, mixup, soft targets")
+    width, height = Image.open(io.BytesIO(picture)).size
+    assert (width, height >= SIZE[1]) == (SIZE[0], True)
+    for text, box in drawn:
+        assert 0 <= box.x0 < box.x1 <= width and 0 <= box.y0 < box.y1 <= height, text
+    for (text, box), (other, other_box) in itertools.combinations(drawn, 2):
+        assert not box.padded(-1).overlaps(other_box.padded(-1)), (text, other)
+    shown = "".join(text for text, _ in drawn)
+    for expected in (name, f"a path: {name}", "training, with augmentation, mixup, soft targets", "Test accuracy (%)"):
+        assert "".join(expected.split()) in "".join(shown.split())
 
 
 def test_learning_curves_without_records_say_what_is_missing(tmp_path: Path) -> None:
