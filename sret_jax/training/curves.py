@@ -57,7 +57,7 @@ def curves_figure(records: Sequence[Mapping[str, Any]], title: str, subtitle: st
     figure = Figure(dpi=_DOTS_PER_INCH, facecolor="white")
     lines = [(line, _TITLE, 40) for line in _wrapped(figure, title, _TITLE)]
     lines += [(line, _SUBTITLE, 24) for line in _wrapped(figure, subtitle, _SUBTITLE)]
-    width, height = SIZE[0], max(SIZE[1], _AXES_BELOW + _AXES_HEIGHT + 76 + sum(space for _, _, space in lines))
+    width, height = SIZE[0], max(SIZE[1], _AXES_BELOW + _AXES_HEIGHT + 63 + sum(space for _, _, space in lines))
     figure.set_size_inches(width / _DOTS_PER_INCH, height / _DOTS_PER_INCH)
     top = height - 14
     for line, style, space in lines:
