@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sret_jax.data.folder import FolderExamples, list_classes, list_folder, split_folders
 from sret_jax.data.prepared import CHECKSUMS, checksums, read_prepared
 from sret_jax.data.shards import Shard, example_features, locked, plan_shards, write_shards
+from sret_jax.data.workers import end_if_imported_by_worker
 from sret_jax.errors import UserError
 from sret_jax.files import expand_local, naming, replace
 
@@ -56,6 +57,7 @@ def pack(
       UserError: if `folder` is not a folder of images, an image cannot be read, the name cannot be one of TFDS, another
         dataset is in its place, another process packs it, or `out` cannot be written to.
     """
+    end_if_imported_by_worker()
     folder, home = os.path.abspath(expand_local(folder)), expand_local(out)
     name = _checked_name(name or os.path.basename(folder))
     splits = _list_splits(folder)

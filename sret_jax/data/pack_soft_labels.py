@@ -10,6 +10,7 @@ from pathlib import Path
 from sret_jax.data.pack import with_progress
 from sret_jax.data.packed_labels import PackedLabels, open_soft_labels, write_packed
 from sret_jax.data.soft_labels import FolderLabels, LabelType, SoftLabels
+from sret_jax.data.workers import end_if_imported_by_worker
 from sret_jax.errors import UserError
 from sret_jax.files import expand_local, naming
 
@@ -45,6 +46,7 @@ def pack_soft_labels(
     Raises:
       UserError: `src` is no such folder or packed already, one of its files cannot be used, and as `write_packed`.
     """
+    end_if_imported_by_worker()
     labels = open_soft_labels(src, label_type, num_classes)
     if not isinstance(labels, FolderLabels):
         raise UserError(f"{src} is packed already. Expected the authors' layout, train/<class>/<image>.tar")

@@ -19,6 +19,7 @@ from sret_jax.data.read_ahead import Example, read_ahead
 from sret_jax.data.reading import UnreadableError
 from sret_jax.data.soft_labels import SoftLabelSet, check_crops
 from sret_jax.data.sources import Source
+from sret_jax.data.workers import explain_deaths
 from sret_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -369,7 +370,7 @@ def _check(
 ) -> Generator[Batch, None, None]:
     broken: dict[int, str] = {}
     try:
-        for batch in batches:
+        for batch in explain_deaths(batches):
             if batch["refused"]:
                 raise UserError(batch["refused"])
             for index, reason in batch["broken"]:

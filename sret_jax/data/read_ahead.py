@@ -2,18 +2,18 @@
 
 import itertools
 import math
-import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 
+from sret_jax.data.workers import end_if_imported_by_worker, leave_devices, start_worker
 from sret_jax.errors import UserError
 
 # Rows that a thread makes at a time, about. Those among them that show the same image need it decoded only once.
@@ -64,11 +64,12 @@ def read_ahead(
 
     Returns:
       An iterator of `image`, what targets hold and `mask`, stacked, `broken`, those of all rows, each once, and
-      `refused`, of the first row that has one. To be closed.
+      `refused`, of the first row that has one. To be closed, and to be read through `workers.explain_deaths`.
 
     Raises:
       UserError: there is too little shared memory for the workers.
     """
+    end_if_imported_by_worker()
     rows = range(batch_size) if rows is None else rows
     size = max(_CHUNK // group, 1) * group
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -87,8 +88,10 @@ def read_ahead(
     # Threads make parts of batches: the first batch comes soon, and two batches are about all that a process keeps.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * len(chunks), num_threads))
     dataset = grain.MapDataset.range(rounds * turns * len(chunks)).map(load_chunk).to_iter_dataset(options)
-    dataset = dataset.batch(len(chunks), batch_fn=_stack)
+    stack = _Stack()
+    dataset = dataset.batch(len(chunks), batch_fn=stack)
     if num_workers:
+        stack.enable_shared_memory_output()  # which Grain asks for where there are several workers
         _check_shared_memory(num_workers * len(rows) * example_bytes, others_later=num_batches == _ENDLESS)
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain asks for flags of its own, which only programs of absl have parsed
@@ -96,15 +99,29 @@ def read_ahead(
     return iter(dataset)
 
 
-def _stack(chunks: Sequence[Sequence[Example]]) -> dict[str, Any]:
-    examples = list(itertools.chain.from_iterable(chunks))
-    return {
-        "image": np.stack([example.image for example in examples]),
-        **{name: np.stack([example.target[name] for example in examples]) for name in examples[0].target},
-        "mask": np.array([example.mask for example in examples], np.bool_),
-        "broken": sorted({image for example in examples for image in example.broken}),
-        "refused": next(filter(None, (example.refused for example in examples)), ""),
-    }
+class _Stack:
+    """From the chunks of a batch to the batch."""
+
+    def __init__(self) -> None:
+        self._in_shared_memory = False
+
+    def enable_shared_memory_output(self) -> None:
+        """Stack images right where Grain would copy them to, so that the parent finds them there."""
+        self._in_shared_memory = True
+
+    def __call__(self, chunks: Sequence[Sequence[Example]]) -> dict[str, Any]:
+        examples = list(itertools.chain.from_iterable(chunks))
+        return {
+            "image": self._stacked([example.image for example in examples]),
+            **{name: np.stack([example.target[name] for example in examples]) for name in examples[0].target},
+            "mask": np.array([example.mask for example in examples], np.bool_),
+            "broken": sorted({image for example in examples for image in example.broken}),
+            "refused": next(filter(None, (example.refused for example in examples)), ""),
+        }
+
+    def _stacked(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        shape = len(images), *images[0].shape
+        return np.stack(images, out=SharedMemoryArray(shape, images[0].dtype) if self._in_shared_memory else None)
 
 
 def _check_shared_memory(bytes_in_turn: int, *, others_later: bool) -> None:
@@ -121,15 +138,7 @@ def _check_shared_memory(bytes_in_turn: int, *, others_later: bool) -> None:
 
 
 def _init_worker(worker: int, workers: int) -> None:
-    """Leave signals to the parent, which may need another batch before it ends, but end when it is gone."""
+    """Leave signals to the parent, which may need another batch before it ends."""
     del worker, workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    start_worker(signal.SIGINT, signal.SIGTERM)
+    leave_devices()

@@ -8,7 +8,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from sret_jax.data.folder import FolderExamples
+from sret_jax.data.workers import pool_died, start_worker
 from sret_jax.errors import UserError
 from sret_jax.files import LockedError, lock, naming, refused
 
@@ -129,10 +129,7 @@ def write_files(
                 future.result()
                 complete(running[future])
         except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed, perhaps because memory ran out. Run the same command again, with fewer "
-                "workers: what was complete before is still there"
-            ) from error
+            raise pool_died() from error
         finally:
             executor.shutdown(cancel_futures=True)
 
@@ -155,20 +152,7 @@ def _executor(workers: int) -> concurrent.futures.Executor:
     if workers == 1:
         return concurrent.futures.ThreadPoolExecutor(1)
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_follow_parent)
-
-
-def _follow_parent() -> None:
-    """Lets a worker end when its parent was killed, which it would not notice, and not before: not at Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    return concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (signal.SIGINT,))
 
 
 def _file_sizes(examples: FolderExamples) -> np.ndarray:

@@ -13,6 +13,7 @@ from sret_jax.data.read_ahead import Example, read_ahead
 from sret_jax.data.reading import UnreadableError
 from sret_jax.data.soft_labels import SoftLabelSet, check_crops
 from sret_jax.data.sources import Source
+from sret_jax.data.workers import explain_deaths
 from sret_jax.distill.recipe import Recipe
 from sret_jax.distill.units import Unit
 from sret_jax.errors import UserError
@@ -65,7 +66,7 @@ class Cropper(NamedTuple):
             num_workers=num_workers,
         )
         try:
-            for image in images:
+            for image in explain_deaths(images):
                 if image["refused"]:
                     raise UserError(image["refused"])
                 key = os.fsdecode(image["key"][0].tobytes())

@@ -29,6 +29,7 @@ from sret_jax.data.soft_labels import (
     write_label_file,
 )
 from sret_jax.data.sources import Source
+from sret_jax.data.workers import end_if_imported_by_worker
 from sret_jax.distill.crops import Cropped, Cropper
 from sret_jax.distill.labeller import Labeller
 from sret_jax.distill.recipe import Recipe, check_recipe
@@ -103,6 +104,7 @@ def generate(
       UserError: the teacher cannot be used, images have the same key, too many are broken, the reference lacks some,
         `out` is something else, or it cannot be written.
     """
+    end_if_imported_by_worker()
     check_recipe(recipe)
     target = Path(os.path.abspath(expand_local(out)))
     if batch_size < 1 or num_threads < 1 or num_workers < 0 or not 0 < eval_crop_ratio <= 1:

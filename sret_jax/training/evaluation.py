@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from sret_jax.data.pipeline import eval_batches
 from sret_jax.data.sources import Source
+from sret_jax.data.workers import end_if_imported_by_worker
 from sret_jax.models.sret import SReT
 from sret_jax.training.build import make_model, open_split, warnings_to
 from sret_jax.training.checkpoints import began_with
@@ -36,6 +37,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     Raises:
       UserError: what a user can mend; the message says how.
     """
+    end_if_imported_by_worker()
     check_config(config)
     mesh = make_mesh(config.mesh, config.batch_size)
     source = open_split(config, config.data.eval_split)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from sret_jax.data.pipeline import steps_per_epoch
 from sret_jax.data.soft_labels import SoftLabelSet, labels_digest
 from sret_jax.data.sources import Source
+from sret_jax.data.workers import end_if_imported_by_worker
 from sret_jax.files import expand_local
 from sret_jax.models.cost import count_macs, count_params
 from sret_jax.models.sret import SReT
@@ -62,6 +63,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       UserError: what a user can mend; the message says how.
       Preempted: SIGTERM; a checkpoint of the last step is written.
     """
+    end_if_imported_by_worker()
     check_config(config)
     workdir = str(expand_local(workdir))
     mesh = make_mesh(config.mesh, config.batch_size)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -72,6 +73,52 @@ def test_a_worker_ignores_the_signals_that_its_parent_handles_but_its_death_is_a
     with pytest.raises(RuntimeError, match="Worker process was terminated"):
         list(itertools.islice(batches, 9))
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_keep_off_the_devices_and_images_reach_the_parent_without_another_copy(
+    num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "no_such_platform")  # as a GPU's: a worker that asked for it would see
+
+    def load(positions: Sequence[int]) -> list[Example]:
+        import jax
+
+        copied = vars(np).setdefault("copied_images", [])
+        if not copied:  # Grain copies to shared memory by this function what does not lie there
+            copyto, copied[:] = np.copyto, [0]
+
+            def counted(target: np.ndarray, source: np.ndarray, *args: Any, **kwargs: Any) -> None:
+                copied[0] += np.ndim(source) == 4
+                copyto(target, source, *args, **kwargs)
+
+            np.copyto = counted
+        platforms = {device.platform for device in jax.devices()}
+        label = {"copied": np.int32(copied[0]), "cpu": np.bool_(platforms == {"cpu"})}
+        return [Example(np.full((2, 2, 3), p % 256, np.uint8), label, True) for p in positions]
+
+    batches = start(load, num_workers=num_workers)
+    for k, batch in enumerate(itertools.islice(batches, 8)):
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], (40 * k + np.arange(40)) % 256)
+        assert batch["cpu"].all() and not batch["copied"].any()
+    batches.close()
+    assert os.environ["JAX_PLATFORMS"] == "no_such_platform"
+
+
+def test_a_script_without_a_main_guard_is_told_so_in_one_line(tmp_path: Path) -> None:
+    script = """
+from sret_jax.data.pipeline import train_batches
+from sret_jax.data.sources import open_source
+
+source = open_source("synthetic", "train", image_size=8, length=8)
+next(train_batches(source, batch_size=8, image_size=8, seed=0, num_workers=1))
+"""
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120)
+    assert done.stderr.count("Traceback") == 1  # the script's own: it does not catch a UserError
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("sret_jax.errors.UserError: the worker processes (config.data.workers) began the program")
+    assert 'if __name__ == "__main__":' in last and "config.data.workers to 0" in last
 
 
 def test_a_worker_ends_when_its_parent_is_killed() -> None:
