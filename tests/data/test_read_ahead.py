@@ -114,7 +114,9 @@ source = open_source("synthetic", "train", image_size=8, length=8)
 next(train_batches(source, batch_size=8, image_size=8, seed=0, num_workers=1))
 """
     (tmp_path / "script.py").write_text(script)
-    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, tmp_path / "script.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.stderr.count("Traceback") == 1  # the script's own: it does not catch a UserError
     last = done.stderr.splitlines()[-1]
     assert last.startswith("sret_jax.errors.UserError: the worker processes (config.data.workers) began the program")
