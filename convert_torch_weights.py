@@ -5,9 +5,8 @@ import ast
 import sys
 import warnings
 
-from absl import logging
-
 from sret_jax import UserError, load_variables
+from sret_jax.console import replace_what_cannot_be_shown, silence_libraries
 from sret_jax.weights.convert import convert
 from sret_jax.weights.download import download, sha256
 
@@ -15,7 +14,8 @@ from sret_jax.weights.download import download, sha256
 def main() -> None:
     """Convert, and say what was read and written."""
     args = _parse_args()
-    logging.set_verbosity(logging.ERROR)  # of Orbax
+    replace_what_cannot_be_shown()
+    silence_libraries()
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     *source, destination = args.paths
     options = {key: getattr(args, key) for key in ("num_classes", "ema", "reverse", "overwrite")}

@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sret_jax.console import replace_what_cannot_be_shown
 from sret_jax.data.folder import FolderExamples, list_classes, list_folder, split_folders
 from sret_jax.data.prepared import CHECKSUMS, checksums, read_prepared
 from sret_jax.data.shards import Shard, example_features, locked, plan_shards, write_shards
@@ -191,6 +192,7 @@ def with_progress(what: str, pack_it: Callable[[Callable[[int, int], object]], P
     Returns:
       What `pack_it` returns.
     """
+    replace_what_cannot_be_shown()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:

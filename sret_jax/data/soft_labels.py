@@ -13,7 +13,7 @@ import numpy as np
 
 from sret_jax.data.reading import UnreadableError, read_patiently
 from sret_jax.data.sources import Source
-from sret_jax.errors import UserError
+from sret_jax.errors import UserError, brief
 from sret_jax.files import replace
 from sret_jax.weights.torch_file import load_torch_content
 from sret_jax.weights.torch_writer import torch_list_content
@@ -54,7 +54,7 @@ class LabelType(NamedTuple):
         """
         match = re.fullmatch(r"(hard|smoothing|ori)|(marginal_smoothing|marginal_renorm)_k([1-9]\d{0,4})", name)
         if not match:
-            raise UserError(f"there is no type of soft labels {name!r}. Expected one like {_EXAMPLES}")
+            raise UserError(f"there is no type of soft labels {brief(name, repr)}. Expected one like {_EXAMPLES}")
         kind = match[1] or match[2]
         return cls(kind, 0 if kind == "ori" else int(match[3] or 1))
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 from ml_collections import ConfigDict
 
+from sret_jax.console import silence_libraries
 from sret_jax.data.pack import with_progress
 from sret_jax.data.sources import Source, open_source
 from sret_jax.distill.generate import generate
@@ -24,7 +24,7 @@ _DEFAULTS = Recipe(teacher="")
 def main() -> None:
     """Make what the flags ask for, with a progress bar on a terminal, and say how to train from it."""
     args = _parse_args()
-    logging.set_verbosity(logging.ERROR)  # of JAX's and TFDS's talk
+    silence_libraries()
     try:
         done = with_progress("images", lambda advance: _generate(args, advance))
     except SystemExit as end:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,13 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sret_jax.errors import UserError
+from sret_jax.errors import UserError, brief
 from sret_jax.models import attention, mlp
 from sret_jax.models.layers import Dense, Pool, Stem, layer_norm
 from sret_jax.models.recursion import Stage
 
 # Above this many applications of blocks, scans stay rolled unless told otherwise: the published networks have 20.
 MOST_UNROLLED_APPLICATIONS = 64
+
+# Above these, networks cannot be, and to look for a size that would do takes long.
+_LARGEST_IMAGE = 2**14
+_LARGEST_COUNT = 2**20
 
 RATES = ("drop_path_rate", "drop_rate", "attn_drop_rate")
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -288,16 +291,22 @@ def _check_fields(model: SReT) -> None:
         raise UserError(f"one value for each stage is needed, of as many stages everywhere, but there are {per_stage}")
     for name in ("widths", "heads", "blocks", "recursions"):
         if not all(_is_count(value) for value in getattr(model, name)):
-            raise UserError(f"{name} is {getattr(model, name)}, expected whole numbers of at least 1")
+            raise UserError(
+                f"{name} is {brief(getattr(model, name))}, expected whole numbers of at least 1, at most "
+                f"{_LARGEST_COUNT}"
+            )
     if not all(isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_count, pair)) for pair in model.slices):
         raise UserError(
-            f"slices is {model.slices}, expected two whole numbers of at least 1 for each stage: the groups in a "
-            f"block's first application, and in each later one"
+            f"slices is {brief(model.slices)}, expected two whole numbers of at least 1 for each stage: the groups in "
+            f"a block's first application, and in each later one"
         )
-    if not isinstance(model.image_size, int | np.integer):
-        raise UserError(f"image_size is {model.image_size!r}, expected a whole number: height and width in pixels")
+    if not isinstance(model.image_size, int | np.integer) or model.image_size > _LARGEST_IMAGE:
+        raise UserError(
+            f"image_size is {brief(model.image_size, repr)}, expected a whole number of at most {_LARGEST_IMAGE}: "
+            "height and width in pixels"
+        )
     if model.num_classes != 0 and not _is_count(model.num_classes):
-        raise UserError(f"num_classes is {model.num_classes!r}, expected a whole number, 0 for features")
+        raise UserError(f"num_classes is {brief(model.num_classes, repr)}, expected a whole number, 0 for features")
     for width, heads in zip(model.widths, model.heads, strict=True):
         if width % heads:
             raise UserError(
@@ -313,27 +322,31 @@ def _check_fields(model: SReT) -> None:
         if not isinstance(getattr(model, name), numbers.Real):
             raise UserError(f"{name} is {getattr(model, name)!r}, expected a number")
     for name in ("mlp_ratio", "nll_ratio"):
-        if not math.isfinite(getattr(model, name)) or int(min(model.widths) * getattr(model, name)) < 1:
-            raise UserError(f"{name} is {getattr(model, name)}, which leaves no hidden channel: give a larger one")
+        ratio = getattr(model, name)
+        if not ratio * min(model.widths) >= 1:
+            raise UserError(f"{name} is {ratio}, which leaves no hidden channel: give a larger one")
+        if ratio * max(model.widths) > _LARGEST_COUNT:
+            raise UserError(f"{name} is {brief(ratio)}, which makes too many hidden channels: give a smaller one")
     if model.widths[0] < 2:
         raise UserError(f"widths is {model.widths}, but the stem begins with half of the first: give at least 2")
     for name in RATES:
         if not 0 <= getattr(model, name) < 1:
             raise UserError(f"{name} is {getattr(model, name)}, expected a probability, at least 0 and below 1")
     if str(getattr(model.dtype, "__name__", model.dtype)) not in ("float32", "bfloat16"):
-        raise UserError(f"dtype is {model.dtype!r}, expected float32 or bfloat16")
+        raise UserError(f"dtype is {brief(model.dtype, repr)}, expected float32 or bfloat16")
     for name, value, known in (
         ("attention", model.attention, [None, *attention.IMPLEMENTATIONS]),
         ("mlp", model.mlp, [None, *mlp.IMPLEMENTATIONS]),
         ("platform", model.platform, [None, *PLATFORMS]),
     ):
         if value not in known:
-            raise UserError(f"{name} is {value!r}, expected {', '.join(map(repr, known[:-1]))} or {known[-1]!r}")
+            expected = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+            raise UserError(f"{name} is {brief(value, repr)}, expected {expected}")
     _check_division(model)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 1)
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(1 <= value <= _LARGEST_COUNT)
 
 
 def _check_division(model: SReT) -> None:

@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
-from sret_jax.errors import UserError
+from sret_jax.errors import UserError, brief
 from sret_jax.models.sret import SReT
 
 
@@ -127,7 +127,7 @@ def canonical_name(name: str) -> str:
     canonical = {key.lower(): key for key in PUBLISHED}
     canonical |= {official.lower(): key for key, row in PUBLISHED.items() for official in row.official_names}
     if name.lower() not in canonical:
-        raise UserError(f"there is no model {name!r}; {_nearest(name.lower(), list(canonical))}")
+        raise UserError(f"there is no model {brief(name, repr)}; {_nearest(name.lower(), list(canonical))}")
     return canonical[name.lower()]
 
 

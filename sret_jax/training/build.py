@@ -31,6 +31,9 @@ from sret_jax.training.step import (
 from sret_jax.training.teacher import Teacher, load_teachers
 from sret_jax.weights.store import load_variables
 
+# Devices count steps in 32 bits.
+_MOST_STEPS = 2**31 - 1
+
 
 def open_split(config: ConfigDict, split: str) -> Source:
     """A split of the data that the config names.
@@ -125,6 +128,13 @@ def make_model(config: ConfigDict, num_classes: int) -> SReT:
 def make_optimizer(config: ConfigDict, epoch_steps: int) -> tuple[Schedule, optax.GradientTransformation]:
     """The learning rate schedule, and AdamW under it."""
     settings = config.optimizer
+    steps = max(config.epochs, settings.warmup_epochs) * epoch_steps
+    if steps > _MOST_STEPS:
+        longest = "epochs" if config.epochs >= settings.warmup_epochs else "optimizer.warmup_epochs"
+        raise UserError(
+            f"config.{longest} is {max(config.epochs, settings.warmup_epochs):,}, which makes {steps:,} steps. "
+            f"Expected at most {_MOST_STEPS:,}"
+        )
     peak = settings.learning_rate * config.batch_size / 512
     warmup_steps = round(settings.warmup_epochs * epoch_steps)
     if settings.schedule == "constant":

@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationPolicy,
 )
 
-from sret_jax.errors import UserError
+from sret_jax.errors import UserError, brief
 from sret_jax.files import (
     DamagedError,
     LockedError,
@@ -40,9 +40,6 @@ from sret_jax.files import (
 from sret_jax.training.mesh import on_first_host
 from sret_jax.training.step import TrainState
 from sret_jax.weights.runs import read_note, run_identity, saved_steps
-
-# Letters of a value that an error shows.
-_LONGEST_VALUE = 200
 
 
 class Checkpoints:
@@ -210,7 +207,7 @@ class Checkpoints:
         except DamagedError as error:
             raise UserError(f"{file} is damaged: put it back as it was, or give another workdir") from error
         differences = [
-            f"  {key} is {_brief(there.get(key, 'absent'))} there, {_brief(identity.get(key, 'absent'))} now"
+            f"  {key} is {brief(there.get(key, 'absent'))} there, {brief(identity.get(key, 'absent'))} now"
             for key in sorted(there.keys() | identity.keys())
             if there.get(key) != identity.get(key)
         ]
@@ -264,16 +261,6 @@ def began_with(workdir: str) -> str:
     """
     folder = Path(expand(workdir))
     return str(run_identity(folder).get("config.init_from", "")) if saved_steps(folder) else ""
-
-
-def _brief(value: Any) -> str:
-    """A value for an error: of a damaged file, it may be anything."""
-    try:
-        text = str(value)
-    except RecursionError:
-        return "nested too deep"
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:_LONGEST_VALUE])
-    return text + "…" * (len(str(value)) > _LONGEST_VALUE)
 
 
 @dataclasses.dataclass(frozen=True)

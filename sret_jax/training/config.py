@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from ml_collections.config_dict import placeholder
 
 from sret_jax.data.augment import MEAN, STD
 from sret_jax.data.soft_labels import LabelType
-from sret_jax.errors import UserError
+from sret_jax.errors import UserError, brief
 
 # Keys that say where or how a run computes, not what comes out. The others cannot change when a run goes on.
 HOW_NOT_WHAT = (
@@ -44,30 +43,46 @@ _CHOICES = {
     "mode": ("train", "eval"),
     "optimizer.schedule": ("cosine", "constant"),
 }
-_LEAST = {
-    "checkpoint.every_steps": 0,
-    "data.max_broken": 0,
-    "data.workers": 0,
-    "distill.image_size": 0,
-    "distributed.process": -1,
-    "distributed.processes": 0,
-    "profile_steps": 0,
-    "seed": 0,
+# What 32 bits count: steps on the devices, and most else.
+_MOST = 2**31 - 1
+
+# Smallest and largest of the whole numbers; of others 1 and `_MOST`. No machine has more, or JAX does not take more.
+_COUNTS = {
+    "batch_size": (1, 2**24),
+    "checkpoint.every_steps": (0, _MOST),
+    "data.max_broken": (0, _MOST),
+    "data.repeats": (1, 2**16),
+    "data.workers": (0, 1024),
+    "distill.image_size": (0, 2**14),
+    "distill.num_crops": (1, 2**16),
+    "distributed.process": (-1, 2**20),
+    "distributed.processes": (0, 2**20),
+    "epochs": (1, 10**6),
+    "profile_steps": (0, _MOST),
+    "seed": (0, 2**32 - 1),
 }
 
+# Of float32, with room for what it is multiplied with.
+_LARGEST = 1e30
+
+_POSITIVE = (1e-30, _LARGEST, "a number above 0, at most 1e30")
 _PROBABILITY = (0.0, 1.0, "a probability, 0 to 1")
 _DECAY = (0.0, 1 - 1e-9, "a number of at least 0 and below 1")
+_MODERATE = (0.0, 1e6, "a number of at least 0, at most 1e6")
 _RANGES = {
+    "augment.cutmix": _MODERATE,
     "augment.flip": _PROBABILITY,
     "augment.erasing": _PROBABILITY,
     "augment.label_smoothing": _PROBABILITY,
+    "augment.mixup": _MODERATE,
     "ema_decay": _DECAY,
     "data.eval_crop_ratio": (1e-9, 1.0, "a number above 0, at most 1"),
     "distill.label_weight": _PROBABILITY,
-    "distill.temperature": (1e-9, math.inf, "a number above 0"),
+    "distill.temperature": _POSITIVE,
     "optimizer.b1": _DECAY,
     "optimizer.b2": _DECAY,
-    "optimizer.eps": (1e-30, math.inf, "a number above 0"),
+    "optimizer.eps": _POSITIVE,
+    "optimizer.warmup_epochs": _MODERATE,
 }
 
 # Without effect where there is no teacher, or where there are no soft labels.
@@ -195,7 +210,10 @@ def check_config(config: ConfigDict) -> None:
         problems.append(f"config.{key} is not a key" + (f"; did you mean {' or '.join(nearest)}?" if nearest else ""))
     problems += [f"config.{key} is missing" for key in known.keys() - given.keys()]
     for key in given.keys() & known.keys():
-        problems += [f"config.{key} is {given[key]!r}, expected {want}" for want in _unmet(key, given[key], known[key])]
+        problems += [
+            f"config.{key} is {brief(given[key], repr)}, expected {want}"
+            for want in _unmet(key, given[key], known[key])
+        ]
     if not problems:
         problems = _contradictions(given, known)
     if problems:
@@ -205,7 +223,10 @@ def check_config(config: ConfigDict) -> None:
 def _contradictions(given: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
     """What keys of which each is possible do not mean together, in words."""
     crops, batch_size = given["distill.num_crops"], given["batch_size"]
-    LabelType.parse(given["distill.label_type"])
+    try:
+        LabelType.parse(given["distill.label_type"])
+    except UserError as error:
+        return [f"config.distill.label_type: {error}"]
     if given["distill.soft_labels"]:
         problems = [
             f"config.{key} is {given[key]!r}, expected {known[key]!r} with soft labels (config.distill.soft_labels): "
@@ -231,29 +252,40 @@ def _contradictions(given: Mapping[str, Any], known: Mapping[str, Any]) -> list[
 
 def _unmet(key: str, value: Any, default: Any) -> list[str]:
     """What a value should have been, in words; nothing if it is that."""
-    if default is None or key == "mesh":  # fields of the model and the mesh are checked where they are used
+    if default is None:  # fields of the model are checked where they are used
         return []
+    if key == "mesh":  # where it is used, its sizes are compared with the devices
+        fits = isinstance(value, Mapping) and all(type(size) is int for size in value.values())
+        return [] if fits else ["whole numbers for data and fsdp"]
     if isinstance(default, float):
-        low, high, words = _RANGES.get(key, (0.0, math.inf, "a number of at least 0"))
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        return [] if fits and value != math.inf else [words]
+        low, high, words = _RANGES.get(key, (0.0, _LARGEST, "a number of at least 0, at most 1e30"))
+        return [] if _is_number(value) and low <= value <= high else [words]
     if isinstance(default, tuple) and len(default) == 3:
-        numbers = isinstance(value, tuple) and len(value) == 3 and all(type(x) in (int, float) for x in value)
-        least = 0 if key == "distill.std" else -math.inf
-        fits = numbers and all(least < x < math.inf for x in value)
-        return [] if fits else ["three numbers, for red, green and blue" + " above 0" * (least == 0)]
+        least = 1e-30 if key == "distill.std" else -_LARGEST
+        fits = _are_numbers(value, 3) and all(least <= x <= _LARGEST for x in value)
+        return [] if fits else ["three numbers, for red, green and blue" + " above 0" * (least > 0)]
     if isinstance(default, tuple):
-        high = 1.0 if key == "data.crop_area" else math.inf
-        pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
-        return [] if pair and 0 < value[0] <= value[1] <= high else [f"(low, high) with 0 < low <= high <= {high}"]
+        high = 1.0 if key == "data.crop_area" else _LARGEST
+        fits = _are_numbers(value, 2) and 0 < value[0] <= value[1] <= high
+        return [] if fits else [f"(low, high) with 0 < low <= high <= {high:g}"]
     if not isinstance(value, type(default)) or (isinstance(value, bool) and not isinstance(default, bool)):
         return [f"a value like {default!r}"]
+    if isinstance(value, str) and "\0" in value:
+        return ["a text without null bytes"]
     if key in _CHOICES:
         return [] if value in _CHOICES[key] else [" or ".join(map(repr, _CHOICES[key]))]
     if isinstance(default, int) and not isinstance(default, bool):
-        least = _LEAST.get(key, 1)
-        return [] if value >= least else [f"at least {least}"]
+        least, most = _COUNTS.get(key, (1, _MOST))
+        return [] if least <= value <= most else [f"at least {least}, at most {most:,}"]
     return []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, tuple) and len(value) == count and all(map(_is_number, value))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

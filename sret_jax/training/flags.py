@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Callable
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
+from sret_jax.console import replace_what_cannot_be_shown, silence_libraries
 from sret_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/; --config.key=value changes a key.")
@@ -21,14 +22,13 @@ def run(main: Callable[[list[str]], object]) -> None:
 
     def main_in_peace(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)
-            # Orbax and TFDS speak through this logger, of every file that they open and again of what they raise.
-            logging.get_absl_logger().setLevel("CRITICAL")
+            silence_libraries()
         try:
             main(argv)
         except UserError as error:
             sys.exit(f"error: {error}")
 
+    replace_what_cannot_be_shown()
     app.run(main_in_peace, flags_parser=_parse)
 
 
@@ -36,7 +36,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = app.parse_flags_with_usage(argv)
         CONFIG.value.keys()  # a file that does not load is reported when it is first used
-    except (AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, OverflowError, SyntaxError, TypeError, ValueError) as error:
         cause: BaseException = error
         while cause.args and isinstance(cause.args[0], BaseException):  # ml_collections wraps one in another
             cause = cause.args[0]

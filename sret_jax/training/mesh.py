@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sret_jax.errors import UserError
+from sret_jax.errors import UserError, brief
 
 AXES = ("data", "fsdp")
 
@@ -37,18 +37,19 @@ def make_mesh(axes: Mapping[str, int], batch_size: int, devices: Sequence[jax.De
     count = len(devices)
     if not {"data"} <= set(axes) <= set(AXES):
         raise UserError(
-            f"the mesh has the axes {sorted(axes)}. Expected 'data', or 'data' and 'fsdp': set config.mesh, such as "
-            '{"data": -1, "fsdp": 4}'
+            f"the mesh has the axes {brief(sorted(axes))}. Expected 'data', or 'data' and 'fsdp': set config.mesh, "
+            'such as {"data": -1, "fsdp": 4}'
         )
+    given = brief(dict(axes))
     sizes = [axes.get(axis, 1) for axis in AXES]
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(f"config.mesh is {dict(axes)}. Expected positive sizes, or -1 for one of them: what is left")
+        raise UserError(f"config.mesh is {given}. Expected positive sizes, or -1 for one of them: what is left")
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(count // -math.prod(sizes), 1)
     if math.prod(sizes) != count:
         raise UserError(
-            f"config.mesh is {dict(axes)}, but there are {count} devices: set sizes whose product is {count}, or one "
-            "of them to -1"
+            f"config.mesh is {given}, but there are {count} devices: set sizes whose product is {count}, or one of "
+            "them to -1"
         )
     if batch_size % count:
         nearest = sorted({max(batch_size // count, 1) * count, -(-batch_size // count) * count})

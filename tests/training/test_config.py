@@ -3,11 +3,21 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sret_jax import UserError, count_params
-from sret_jax.training.build import make_model, make_optimizer, open_split, training_loss_of
+from sret_jax.training.build import (
+    make_augmentation,
+    make_model,
+    make_optimizer,
+    make_passes,
+    open_split,
+    training_loss_of,
+)
 from sret_jax.training.config import base_config, check_config, flatten, identity
+from sret_jax.training.mesh import make_mesh
+from sret_jax.training.step import step_keys
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -71,6 +81,22 @@ def test_missing_keys_are_refused():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("epochs", 10**20),
+        ("seed", 2**32),  # which JAX takes for 0
+        ("seed", 2**64),
+        ("batch_size", 2**31),
+        ("data.workers", 100_000),
+        ("log_every_steps", 10**10),
+        ("checkpoint.keep", 10**20),
+        ("optimizer.warmup_epochs", 1e300),
+        ("optimizer.learning_rate", 1e39),
+        ("optimizer.clip_norm", float("inf")),
+        ("augment.mixup", 1e308),
+        ("data.crop_aspect", (1.0, float("inf"))),
+        ("data.crop_area", (True, True)),
+        ("distill.mean", (0.5, 0.5, 10**400)),
+        ("distill.std", (0.5, 0.5, 1e-320)),
+        ("data.path", "a\0b"),
         ("epochs", 0),
         ("batch_size", 0),
         ("seed", -1),
@@ -94,6 +120,61 @@ def test_values_out_of_range_are_refused_by_name(key, value):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
         check_config(config)
+
+
+EXTREMES = [
+    *(0, 1, -1, 3, 10**20, -(10**20), 2**31, 2**32, 2**64, 10**400, True, False),
+    *(0.0, -0.5, 0.5, 1e-320, 1e39, 1e308, -1e308, float("inf"), float("-inf"), float("nan")),
+    *("", "a\0b", "\udce9", "x" * 10_000, "\x1b[31m\n", None, [], (), {}),
+    *((0.5, 10**400), (True, True), (float("nan"), 1.0), (1e-320, 1.0), (1.0, float("inf")), ("a", "b")),
+    *((0.0, 0.0, 0.0), (1e-320, 1.0, 1.0), (10**400, 1.0, 1.0), (float("inf"), 1.0, 1.0), (True, 1.0, 1.0)),
+    *((10**20, 10**20, 10**20), (2, 10**400, 2), ((8, 2), (4, 10**20), (1, 1)), ((10**400, 1),) * 3, ((),) * 3),
+]
+
+
+def build_all_that_needs_no_devices(config):
+    """What a run does with its config before anything is compiled."""
+    check_config(config)
+    model = make_model(config, num_classes=10)
+    make_mesh(config.mesh, config.batch_size)
+    make_passes(config)
+    schedule, _ = make_optimizer(config, epoch_steps=20_000)
+    schedule(jnp.int32(20_000))
+    make_augmentation(config)
+    identity(config)
+    step_keys(config.seed, 0)
+    np.float32([*config.distill.mean, *config.distill.std, config.distill.temperature, config.augment.mixup])
+    return model
+
+
+@pytest.mark.parametrize("key", sorted({**flatten(base_config()), "mesh.data": 1, "mesh.fsdp": 1}))
+def test_whatever_a_key_is_set_to_works_or_is_one_line_that_names_it(key):
+    path = key.split(".")
+    for value in EXTREMES:
+        config = base_config()
+        config.model.name, config.batch_size = "sret_t", 8
+        where = config
+        for name in path[:-1]:
+            where = where[name]
+        try:
+            where[path[-1]] = value
+        except (OverflowError, TypeError, ValueError):
+            continue  # ml_collections refuses it, which `flags.py` makes one line of
+        try:
+            build_all_that_needs_no_devices(config)
+        except UserError as error:
+            message = str(error)
+            named = "model" if key == "model.name" else path[-1].replace("_", " ")
+            assert named in message.replace("_", " "), (value, message)
+            assert "\n" not in message and message.isprintable(), (value, message)
+            assert len(message) < 1500, (value, message)
+
+
+def test_a_run_of_more_steps_than_devices_count_is_refused():
+    config = base_config()
+    config.epochs = 10**6
+    with pytest.raises(UserError, match=r"config\.epochs is 1,000,000, which makes 20,000,000,000 steps"):
+        make_optimizer(config, epoch_steps=20_000)
 
 
 def test_the_identity_of_a_run_leaves_out_how_it_is_computed():

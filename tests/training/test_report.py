@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import os
 import resource
 import struct
 import subprocess
@@ -592,6 +593,24 @@ def test_curves_are_drawn_under_any_title(tmp_path: Path, model: object) -> None
     (tmp_path / "metrics.jsonl").write_bytes(RECORD + b"\n")
     (tmp_path / "run.json").write_text(json.dumps({"model": model, "other": model}))
     assert png_size(learning_curves(str(tmp_path))) == SIZE
+
+
+@pytest.mark.parametrize("encoding", ["koi8-r", "ascii", "utf-8"])
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_a_console_cannot_show_ends_no_run(tmp_path: Path, encoding: str, is_terminal: bool) -> None:
+    written = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(written, encoding=encoding), force_terminal=is_terminal)
+    workdir = tmp_path / os.fsdecode(b"caf\xe9")
+    with report_of(workdir, console=console) as report:
+        report.start(model="sret_t", images="224 × 224 pixels", training_images=f"{workdir}/images train: 24")
+        report.train(5, TRAIN)
+        report.evaluation(10, EVALUATION)
+        report.finish(accuracy=0.5, checkpoint=f"{workdir}/checkpoints/30", best_checkpoint="best")
+    console.file.flush()
+    text = written.getvalue().decode(encoding)
+    assert f"224 {'×' if encoding == 'utf-8' else '?'} 224 pixels" in text and "caf?/images" in text
+    assert json.loads((workdir / "run.json").read_bytes())["training_images"] == f"{workdir}/images train: 24"
+    assert (workdir / "learning_curves.png").exists() and len(records_in(workdir)) == 2
 
 
 def test_a_workdir_that_is_not_on_a_disk_is_refused(log: Console) -> None:
