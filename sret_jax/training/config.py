@@ -36,6 +36,18 @@ HOW_NOT_WHAT = (
     "wandb_project",
 )
 
+# Keys that each of several hosts may have its own value of: where its files are, and how it reads them.
+OF_EACH_HOST = (
+    "compilation_cache",
+    "data.max_broken",
+    "data.path",
+    "data.threads",
+    "data.workers",
+    "distill.soft_labels",
+    "distill.teacher",
+    "distributed",
+)
+
 _CHOICES = {
     "augment.partner": ("reversed", "permuted"),
     "distill.dtype": ("float32", "bfloat16"),

@@ -15,7 +15,7 @@ from sret_jax.models.sret import SReT
 from sret_jax.training.build import make_model, open_split, warnings_to
 from sret_jax.training.checkpoints import began_with
 from sret_jax.training.config import check_config
-from sret_jax.training.distributed import check_agreement, compile_everywhere
+from sret_jax.training.distributed import check_agreement, check_hosts, compile_everywhere, tree_digest
 from sret_jax.training.mesh import abstract_batch, local_rows, make_mesh, place, put_batch, replicated
 from sret_jax.training.step import Metrics, TrainState, make_eval_step
 from sret_jax.weights.store import load_variables
@@ -39,6 +39,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     """
     end_if_imported_by_worker()
     check_config(config)
+    check_hosts(config)
     mesh = make_mesh(config.mesh, config.batch_size)
     source = open_split(config, config.data.eval_split)
     check_agreement("the test images", source.digest())
@@ -47,6 +48,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     path = workdir if is_fine_tuned else config.init_from or workdir
     with warnings_to(print):
         variables = load_variables(path, model, ema=config.init_ema)
+    check_agreement("the weights", tree_digest(variables) if jax.process_count() > 1 else "")
     variables = place(variables, jax.tree.map(lambda _: replicated(mesh), variables))
     metrics = Evaluation(config, model, source, mesh)(variables)
     if jax.process_index() == 0:

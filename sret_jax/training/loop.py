@@ -34,7 +34,7 @@ from sret_jax.training.build import (
 )
 from sret_jax.training.checkpoints import Checkpoints
 from sret_jax.training.config import base_config, check_config, identity
-from sret_jax.training.distributed import check_agreement, compile_everywhere
+from sret_jax.training.distributed import check_agreement, check_hosts, compile_everywhere, tree_digest
 from sret_jax.training.evaluation import Evaluation, evaluate_state
 from sret_jax.training.mesh import abstract_batch, local_rows, make_mesh, put_batch
 from sret_jax.training.preemption import Preempted, Preemption
@@ -66,6 +66,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     end_if_imported_by_worker()
     check_config(config)
     workdir = str(expand_local(workdir))
+    check_hosts(config)
     mesh = make_mesh(config.mesh, config.batch_size)
     train_source, eval_source = (
         open_split(config, split) for split in (config.data.train_split, config.data.eval_split)
@@ -73,7 +74,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     check_agreement("the training and test images", train_source.digest() + eval_source.digest())
     labels = open_labels(config, train_source)
     said_by_teachers = labels_digest(labels, train_source) if labels else ""
-    check_agreement("the soft labels", said_by_teachers.ljust(64))
+    check_agreement("the soft labels", said_by_teachers)
     model = make_model(config, train_source.num_classes)
     epoch_steps = steps_per_epoch(train_source, config.batch_size)
     total_steps = epoch_steps * config.epochs
@@ -104,6 +105,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         restored = checkpoints.restore_latest(like, said.append)
         first_step = int(restored[0].step) if restored else 0
         weights = None if restored else initial_weights(config, model, said.append)
+        check_agreement("the weights to begin with", tree_digest(weights) if jax.process_count() > 1 else "")
         report = Report(
             workdir,
             total_steps=total_steps,

@@ -169,6 +169,18 @@ def test_hosts_whose_images_differ_are_refused_on_all(start, folder):
     assert not (folder / "differing" / "config.json").exists()
 
 
+def test_hosts_with_another_config_are_refused_on_all_before_anything_is_written(start, folder):
+    workdir = folder / "other_configs"
+    processes = start(workdir, 2, 1, "--config.seed=HOST", "--config.log_every_steps=1HOST")
+    assert [process.wait(timeout=300) for process in processes] == [1, 1]
+    for host in range(2):
+        log = pathlib.Path(f"{workdir}.log.{host}").read_text()
+        assert (
+            "  config.log_every_steps is 10 on process 0, 11 on process 1\n  config.seed is 0 on process 0, 1 on" in log
+        )
+    assert not workdir.exists()
+
+
 def told_to_end(processes, workdir, step):
     """SIGTERM to the last process when training step `step` is recorded; the exit statuses of all."""
     deadline = time.monotonic() + 300
