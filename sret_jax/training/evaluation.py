@@ -1,5 +1,6 @@
 """Top-1 and top-5 accuracy over a whole split, every example counted once."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from sret_jax.data.workers import end_if_imported_by_worker
 from sret_jax.models.sret import SReT
 from sret_jax.training.build import make_model, open_split, warnings_to
 from sret_jax.training.checkpoints import began_with
+from sret_jax.training.compiling import compiling
 from sret_jax.training.config import check_config
 from sret_jax.training.distributed import check_agreement, check_hosts, compile_everywhere, tree_digest
 from sret_jax.training.mesh import abstract_batch, local_rows, make_mesh, place, put_batch, replicated
@@ -50,8 +52,12 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
         variables = load_variables(path, model, ema=config.init_ema)
     check_agreement("the weights", tree_digest(variables) if jax.process_count() > 1 else "")
     variables = place(variables, jax.tree.map(lambda _: replicated(mesh), variables))
-    metrics = Evaluation(config, model, source, mesh)(variables)
-    if jax.process_index() == 0:
+    evaluation = Evaluation(config, model, source, mesh)
+    is_first = jax.process_index() == 0
+    with compiling("the evaluation step", functools.partial(print, flush=True) if is_first else lambda _: None):
+        evaluation.compile(variables)
+    metrics = evaluation(variables)
+    if is_first:
         print(f"weights        {path}{', moving average' if config.init_ema else ''}")
         print(f"test images    {source.name}: {metrics['examples']:,.0f}")
         print(f"test accuracy  {100 * metrics['accuracy']:.2f} %")
@@ -68,6 +74,11 @@ class Evaluation:
         self._config, self._model, self._source, self._mesh = config, model, source, mesh
         self._eval_step: Any = None
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the next call need not compile."""
+        return self._eval_step is not None
+
     def compile(self, variables: Mapping[str, Any]) -> None:
         """For arrays or `jax.ShapeDtypeStruct`s with shardings; else the first call does, for its own."""
         batch_like = abstract_batch(self._mesh, self._config.batch_size, self._model.image_size, mask=True)
@@ -75,7 +86,7 @@ class Evaluation:
 
     def __call__(self, variables: Mapping[str, Any]) -> dict[str, float]:
         """The metrics, and `examples`, how many they are of."""
-        if self._eval_step is None:
+        if not self.is_compiled:
             self.compile(variables)
         batches = eval_batches(
             self._source,

@@ -133,7 +133,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 batch_like = abstract_batch(
                     mesh, config.batch_size, model.image_size, soft_classes=soft_classes(config, model.num_classes)
                 )
-                with ThreadPoolExecutor(3) as threads:  # while the train step compiles
+                with report.compiling("the train step"), ThreadPoolExecutor(3) as threads:
                     first_batch = threads.submit(next, batches)
                     others: list[Future[Any]] = []
                     if not restored:
@@ -163,6 +163,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 if ends_epoch or step % config.log_every_steps == 0 or preempted:
                     report.train(step, {**recent.take(), **memory_used()})
                 if ends_epoch:
+                    if not evaluate.is_compiled:
+                        with report.compiling("the evaluation step"):
+                            evaluate.compile(state.variables)
                     evaluation = evaluate_state(evaluate, state)
                     report.evaluation(step, evaluation)
                     check_finite(step, evaluation, checkpoints)

@@ -8,11 +8,12 @@ Everything lies in the run's folder, the workdir:
 - `learning_curves.png`: drawn from the two JSON files by `learning_curves`.
 """
 
+import contextlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,7 @@ from rich.console import Console
 
 from sret_jax.errors import UserError
 from sret_jax.files import DamagedError, expand_local, read_json, replace
+from sret_jax.training.compiling import compiling
 from sret_jax.training.curves import draw_curves
 from sret_jax.training.display import Display, RunConsole, duration, shown, text_of, words
 from sret_jax.training.records import Records, facts_path, metrics_path, read_metrics
@@ -125,6 +127,18 @@ class Report:
         if self._first_step:
             plan += f", {self._first_step:,} steps done before"
         self._display.block({**facts, "training": plan, "workdir": self._workdir})
+
+    @contextlib.contextmanager
+    def compiling(self, what: str) -> Iterator[None]:
+        """Shows that something is being compiled in this context, such as "the train step", and for how long."""
+        if not self._active:
+            with compiling(what, lambda _: None):
+                yield
+            return
+        show = None if self._display.is_plain else lambda text: self._display.numbers([text])
+        with compiling(what, self._display.line, show):
+            yield
+        self._display.numbers([])
 
     def progress(self, step: int) -> None:
         """Moves the bar: training step `step` is done, or under way on the device. Cheap enough for every step.

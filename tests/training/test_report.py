@@ -9,6 +9,7 @@ import resource
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,20 @@ def test_a_terminal_shows_a_bar_and_lines_above_it(tmp_path: Path, clock: Clock,
     assert "epoch 1/3  step 10/30  loss" not in text  # the bar says it
 
 
+def test_a_log_file_says_that_the_train_step_is_compiled(tmp_path: Path, log: Console) -> None:
+    with report_of(tmp_path, console=log) as report, report.compiling("the train step"):
+        assert printed(log) == "compiling the train step\n"
+    assert printed(log).splitlines()[1:] == ["compiled the train step in 0:00:00"]
+
+
+def test_a_terminal_shows_how_long_the_train_step_has_been_compiled(tmp_path: Path, terminal: Console) -> None:
+    with report_of(tmp_path, console=terminal) as report:
+        with report.compiling("the train step"):
+            while "compiling the train step, 0:00:01" not in printed(terminal):
+                time.sleep(0.1)
+        assert "compiled the train step in 0:00:0" in printed(terminal)
+
+
 def test_an_error_in_the_run_passes_and_the_terminal_is_left_in_order(tmp_path: Path, terminal: Console) -> None:
     with pytest.raises(KeyboardInterrupt), report_of(tmp_path, console=terminal) as report:
         report.train(1, TRAIN)
@@ -359,6 +374,8 @@ def test_an_error_in_the_run_passes_and_the_terminal_is_left_in_order(tmp_path: 
 def test_an_inactive_report_prints_and_writes_nothing(tmp_path: Path, log: Console) -> None:
     with report_of(tmp_path / "run", active=False, console=log) as report:
         report.start(model="sret_t")
+        with report.compiling("the train step"):
+            pass
         report.progress(1)
         report.train(1, TRAIN)
         report.evaluation(1, EVALUATION)
