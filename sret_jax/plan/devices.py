@@ -1,6 +1,7 @@
 """Devices that a program can be compiled for, of this machine or of a slice of TPUs elsewhere, and published rates."""
 
 import dataclasses
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,19 @@ from sret_jax.errors import UserError
 
 LOCAL = "local"
 EXAMPLES = f"v5e:2x2, v5e:16x16 or v5p:4x8x8, or {LOCAL} for this machine's devices, the only way for GPUs"
+
+_TWO_AXES = ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16")
+_THREE_AXES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_SLICES: Mapping[str, Sequence[str]] = {
+    "v2": _TWO_AXES,
+    "v3": (*_TWO_AXES, "16x32", "32x32"),
+    "v4": _THREE_AXES,
+    "v5e": ("1x1", "2x2", "2x4", *_TWO_AXES[1:]),
+    "v5p": _THREE_AXES,
+    "v6e": ("1x1", "2x2", "2x4", *_TWO_AXES[1:]),
+    "tpu7x": _THREE_AXES,
+}
+"""Shapes that are rented out, of the generations that libtpu knows; it knows more shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +97,24 @@ class Target:
     memory_bytes: int | None
 
 
+def check_topology(topology: str) -> None:
+    """Refuse what cannot be the name of a topology, whatever the compiler knows.
+
+    Raises:
+      UserError: with names that are like it.
+    """
+    if topology != LOCAL and not re.fullmatch(r"\w+:[1-9]\d*(x[1-9]\d*){1,2}(_(un)?twisted)?", topology, re.ASCII):
+        raise UserError(_no_such(topology, "it is no generation, colon and shape in chips"))
+
+
+def _no_such(topology: str, reason: str) -> str:
+    generation = re.split("[:=-]", topology.lower())[0]
+    near = difflib.get_close_matches(generation, _SLICES, n=1, cutoff=0.65)
+    names = [f"{name}:{shape}" for name in near for shape in _SLICES[name]]
+    names = names or [f"{name}:{shape}" for name, shapes in _SLICES.items() for shape in shapes[:2]]
+    return f"there is no topology {topology!r}: {reason}. Expected one such as {', '.join(names)}; or {LOCAL}"
+
+
 def find_target(topology: str) -> Target:
     """The devices of a slice of TPUs, which need not be there, or those of this machine.
 
@@ -94,6 +126,7 @@ def find_target(topology: str) -> Target:
     Raises:
       UserError: there is no such slice, or no compiler for it is installed.
     """
+    check_topology(topology)
     if topology == LOCAL:
         devices: Sequence[jax.Device] = jax.devices()
         memory = (devices[0].memory_stats() or {}).get("bytes_limit")
@@ -115,7 +148,7 @@ def _slice_devices(topology: str) -> Sequence[jax.Device]:
         if "not installed" in str(error):
             raise UserError(f"{topology} needs libtpu, the compiler for TPUs: pip install '.[tpu]'") from error
         reason = str(error).strip().split("\n")[0].removeprefix("INVALID_ARGUMENT: ")
-        raise UserError(f"there is no topology {topology!r} ({reason}); expected one such as {EXAMPLES}") from error
+        raise UserError(_no_such(topology, reason)) from error
 
 
 def _usable_memory(devices: Sequence[jax.Device]) -> int | None:

@@ -1,5 +1,6 @@
 """A plan as a person reads it, and as JSON."""
 
+import contextlib
 import dataclasses
 import datetime
 from collections.abc import Sequence
@@ -22,15 +23,23 @@ def plan_facts(
     bounds: Bounds | None,
     epoch_steps: int,
     largest_batch: tuple[int | None, int] | None,
+    *,
+    data: Facts,
+    too_large: str | None = None,
 ) -> Facts:
-    """Everything known, as JSON can hold it: bytes, seconds, floating-point operations, of one device and one step."""
+    """Everything known, as JSON can hold it: bytes, seconds, floating-point operations, of one device and one step.
+
+    `data` says how many `images` and `classes` there are, and their `source`; `too_large` why the config's own batch is
+    not the plan's.
+    """
     steps = config.epochs * epoch_steps
-    packages = ("jax", "jaxlib", "libtpu")
     return {
         "model": config.model.name,
         "image_size": config.model.image_size or create_model(config.model.name).image_size,
         "dtype": config.model.dtype,
         "without_teacher": config.distill.teacher,
+        "data": data,
+        "too_large": too_large,
         "epochs": config.epochs,
         "steps": steps,
         "topology": target.topology,
@@ -45,7 +54,7 @@ def plan_facts(
         "run_seconds": bounds and bounds.step * steps,
         "guessed_largest_batch": guess_largest_batch(program, target),
         "largest_batch": largest_batch and {"fits": largest_batch[0], "does_not_fit": largest_batch[1]},
-        "versions": {name: version for name in packages if (version := _version(name))},
+        "versions": compiler_versions(),
     }
 
 
@@ -54,10 +63,16 @@ def plan_text(facts: Facts) -> str:
     program, size = facts["program"], facts["image_size"]
     per_device = program["batch_size"] // facts["devices"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    data = facts["data"]
     lines = [
+        *(
+            [f"{facts['too_large']}\n\nwith batch {program['batch_size']:,}, the largest that fits:\n"]
+            * bool(facts["too_large"])
+        ),
         f"{facts['model']}, {size} × {size} pixels, {facts['dtype']}",
         f"batch {program['batch_size']:,} on {facts['topology']}: {facts['devices']:,} × {facts['device']}, "
         f"{per_device:,} images each",
+        f"{data['images']:,} training images, {data['classes']:,} classes: {data['source']}",
         *([f"without what the teacher takes: {facts['without_teacher']}"] if facts["without_teacher"] else []),
         *([f"{facts['devices_per_chip']} devices are one chip"] if facts["devices_per_chip"] > 1 else []),
         f"compiled in {program['compile_seconds']:.0f} s by {versions}",
@@ -152,8 +167,10 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.3f} ms"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def compiler_versions() -> dict[str, str]:
+    """The versions of what compiles, by package; a package that is not there is left out."""
+    versions = {}
+    for package in ("jax", "jaxlib", "libtpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
