@@ -6,6 +6,10 @@ from typing import NamedTuple
 from sret_jax.data.augment import MEAN, STD
 from sret_jax.errors import UserError
 
+# No machine has room for more.
+_MOST_CROPS = 2**16
+_LARGEST_IMAGE = 2**14
+
 
 class Recipe(NamedTuple):
     """What decides on a set of soft labels, beside the images.
@@ -49,11 +53,13 @@ def check_recipe(recipe: Recipe) -> None:
     """
     areas, aspects = recipe.crop_area, recipe.crop_aspect
     wrong = {
-        f"--num-crops is {recipe.num_crops}, expected at least 1": recipe.num_crops < 1,
+        f"--num-crops is {recipe.num_crops}, expected 1 to {_MOST_CROPS}": not 1 <= recipe.num_crops <= _MOST_CROPS,
         f"--temperature is {recipe.temperature}, expected a number above 0": not 0 < recipe.temperature < math.inf,
         f"--flip is {recipe.flip}, expected a probability, 0 to 1": not 0 <= recipe.flip <= 1,
         f"--seed is {recipe.seed}, expected at least 0": recipe.seed < 0,
-        f"--image-size is {recipe.image_size}, expected at least 0": recipe.image_size < 0,
+        f"--image-size is {recipe.image_size}, expected 0 to {_LARGEST_IMAGE}": not 0
+        <= recipe.image_size
+        <= _LARGEST_IMAGE,
         f"--mean is {recipe.mean}, expected numbers": not all(map(math.isfinite, recipe.mean)),
         f"--std is {recipe.std}, expected numbers above 0": not all(0 < number < math.inf for number in recipe.std),
         f"--crop-area is {areas}, expected 0 < low <= high <= 1": not 0 < areas[0] <= areas[1] <= 1,

@@ -1,10 +1,15 @@
 """A profile of a few steps on request, for TensorBoard's profile plug-in, XProf and Perfetto."""
 
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
+
+from sret_jax.errors import brief
+
+_LOG = logging.getLogger(__name__)
 
 # The first steps compile and fill the queues.
 _STEPS_BEFORE = 10
@@ -46,5 +51,8 @@ class Profile:
 
     def _end(self) -> None:
         if self._is_recording:
-            jax.profiler.stop_trace()
             self._is_recording = False
+            try:
+                jax.profiler.stop_trace()
+            except Exception as error:  # whatever XLA makes of what the disk refuses, and of names that are not UTF-8
+                _LOG.warning("the profile cannot be written to %s: %s", self._folder, brief(error))

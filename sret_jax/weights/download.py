@@ -76,9 +76,9 @@ def _cache_folder() -> Path:
 def _fetch(drive_id: str, path: Path) -> None:
     """Download under another name first, so that what comes is looked at before it counts."""
     new = _new(path)
-    for file in (new, *_parts(path)):
-        if file.is_symlink():
-            file.unlink()  # gdown would add to what it points to
+    for left in (new, *_parts(path)):
+        if left.is_symlink():
+            left.unlink()  # gdown would add to what it points to
     if not new.exists():  # complete, but left by a kill that came before the end of this function
         _fetch_with_gdown(drive_id, path)
     with new.open("rb") as file:

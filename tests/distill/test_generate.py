@@ -345,6 +345,8 @@ def test_labels_of_another_making_are_never_mixed(
     ("changes", "message"),
     [
         ({"num_crops": 0}, "--num-crops is 0"),
+        ({"num_crops": 10**20}, "--num-crops is 100000000000000000000, expected 1 to 65536"),
+        ({"image_size": 10**20}, "--image-size is 100000000000000000000, expected 0 to 16384"),
         ({"temperature": 0.0}, "--temperature is 0.0"),
         ({"crop_area": (0.5, 0.1)}, "--crop-area is"),
         ({"crop_aspect": (0.0, 1.0)}, "--crop-aspect is"),
