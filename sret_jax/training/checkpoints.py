@@ -41,6 +41,9 @@ from sret_jax.training.mesh import on_first_host
 from sret_jax.training.step import TrainState
 from sret_jax.weights.runs import read_note, run_identity, saved_steps
 
+# Checkpoints that are not complete.
+_UNNAMED = "*.orbax-checkpoint-tmp*"
+
 
 class Checkpoints:
     """The checkpoints of one workdir, in `checkpoints/<step>`; `config.json` beside them says what they belong to.
@@ -182,6 +185,9 @@ class Checkpoints:
             raise UserError(f"another run is using the workdir {self._workdir}: stop it, or give another") from error
         with naming(self._workdir):
             (self._workdir / ".space").unlink(missing_ok=True)  # of a run killed while it asked for space
+            for left in self._folder.glob(_UNNAMED):
+                if left.is_symlink():
+                    left.unlink()  # which Orbax, that removes what a kill left, would not
         file = self._workdir / "config.json"
         if saved_steps(self._workdir):
             self._check_identity(file, identity, defaults)
@@ -189,7 +195,7 @@ class Checkpoints:
             replace(file, json.dumps(identity, indent=2) + "\n")
 
     def _seal(self) -> None:
-        (unnamed,) = self._folder.glob("*.orbax-checkpoint-tmp*")
+        (unnamed,) = self._folder.glob(_UNNAMED)
         seal(unnamed, only_folders=True)
 
     def _reserve(self, size: int) -> None:

@@ -259,6 +259,30 @@ def test_nothing_is_written_through_a_link_in_a_workdir(tmp_path, name):
     assert victim.read_text() == "precious"
 
 
+def test_a_link_in_the_place_of_a_checkpoint_that_is_not_complete_is_removed(workdir, tmp_path):
+    precious = tmp_path / "precious"
+    (precious / "cat").mkdir(parents=True)
+    (workdir / "checkpoints" / "40.orbax-checkpoint-tmp").symlink_to(precious)
+    with open_checkpoints(workdir) as checkpoints:
+        checkpoints.save(40, make_state(40), {"accuracy": 0.4})
+    assert_is(restore(workdir)[0], 40)
+    assert (precious / "cat").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["file", "empty", "digits of another script", "link", "thirty digits", "not UTF-8"])
+def test_what_is_no_checkpoint_beside_them_ends_no_run(workdir, kind, tmp_path):
+    folder = workdir / "checkpoints"
+    {
+        "file": lambda: (folder / "40").write_text(""),
+        "empty": lambda: (folder / "40").mkdir(),
+        "digits of another script": lambda: (folder / "٤٠").mkdir(),
+        "link": lambda: (folder / "40").symlink_to(tmp_path),
+        "thirty digits": lambda: (folder / ("9" * 30)).mkdir(),
+        "not UTF-8": lambda: (folder / os.fsdecode(b"40\xff")).mkdir(),
+    }[kind]()
+    assert_is(restore(workdir)[0], 30)
+
+
 def test_what_lies_in_damaged_checkpoints_stays(workdir, tmp_path):
     photos = tmp_path / "photos"
     (photos / "30").mkdir(parents=True)
