@@ -89,7 +89,7 @@ def torch_load(weights_only: bool, threads: int | None = None) -> Read:
 
 def load_torch_weights() -> Read:
     """Our way, as far as PyTorch's."""
-    from sret_jax.weights.torch_file import load_torch_weights
+    from sret_jax.weights.torch_weights import load_torch_weights
 
     def read(path: Path) -> list[Any]:
         weights = load_torch_weights(path).state_dict

@@ -22,9 +22,9 @@ from sret_jax.models.sret import SReT
 from sret_jax.models.zoo import create_model
 from sret_jax.training.mesh import place, sharded
 from sret_jax.weights.adapt import adapt
-from sret_jax.weights.store import from_torch_weights, holds_torch, read
-from sret_jax.weights.torch_file import TorchWeights, load_torch_weights
-from sret_jax.weights.torch_names import fitting_models
+from sret_jax.weights.store import from_torch_weights, read
+from sret_jax.weights.torch_names import fitting_models, shapes_of
+from sret_jax.weights.torch_weights import TorchWeights, check_names
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -181,12 +181,12 @@ def _load_model(name: str, image_size: int, num_classes: int, dtype: np.dtype) -
         there = epath.Path(path).exists()
     if not there:
         raise UserError(f"there is no file or folder {path}. Expected a path, MODEL=PATH or MODULE:FUNCTION")
-    if holds_torch(path):
-        weights = load_torch_weights(path)
-        model = model or _only_network(weights)
-        variables = from_torch_weights(weights, model)
+    stored = read(path, model)
+    if isinstance(stored, TorchWeights):
+        check_names(stored)
+        model = model or _only_network(stored)
+        variables = from_torch_weights(stored, model)
     else:
-        stored = read(path)
         model, variables = model or stored.model, stored.variables
     if model is None:
         raise UserError("nothing says which model its variables are of: give MODEL=PATH, such as sret_s=PATH")
@@ -204,7 +204,7 @@ def _load_model(name: str, image_size: int, num_classes: int, dtype: np.dtype) -
 
 def _only_network(weights: TorchWeights) -> SReT:
     """The published network that has these tensors; how it was trained does not matter."""
-    names = fitting_models(weights.state_dict)
+    names = fitting_models(shapes_of(weights.state_dict))
     networks = {create_model(name) for name in names}
     if not networks:
         raise UserError(

@@ -18,13 +18,12 @@ from sret_jax.weights.adapt import adapt
 from sret_jax.weights.store import (
     Stored,
     from_torch_weights,
-    holds_torch,
     read,
     refuse_existing,
     save_variables,
 )
-from sret_jax.weights.torch_file import TorchWeights, load_torch_weights
-from sret_jax.weights.torch_names import fitting_models, to_torch_state_dict
+from sret_jax.weights.torch_names import fitting_models, shapes_of, to_torch_state_dict
+from sret_jax.weights.torch_weights import TorchWeights, check_names
 from sret_jax.weights.torch_writer import torch_file_content
 
 _OFFICIAL = ".pth"
@@ -70,13 +69,13 @@ def convert(
     refuse_existing(destination, overwrite=overwrite)
     fields = dict(fields or {})
 
-    if holds_torch(source):
-        weights = load_torch_weights(source, ema=ema)
-        say(f"read     {_facts(weights)}")
-        name = name or _only_fitting(weights)
-        stored = Stored(from_torch_weights(weights, create_model(name, **fields)))
+    stored = read(source, create_model(name, **fields) if name else None, ema=ema)
+    if isinstance(stored, TorchWeights):
+        say(f"read     {_facts(stored)}")
+        check_names(stored)
+        name = name or _only_fitting(stored)
+        stored = Stored(from_torch_weights(stored, create_model(name, **fields)))
     else:
-        stored = read(source, ema=ema)
         say(f"read     {os.fspath(source)}: {len(jax.tree.leaves(stored.variables))} arrays")
     name, model = _model(stored, name, fields if num_classes is None else {**fields, "num_classes": num_classes})
     variables = adapt(stored.variables, model, fresh_head=num_classes is not None)
@@ -95,8 +94,8 @@ def convert(
         written = jax.tree.map(np.asarray, variables)
         save_variables(destination, written, model, name=name, overwrite=overwrite)
     with warnings.catch_warnings(action="ignore"):  # they have been given
-        found = load_torch_weights(destination).state_dict if reverse else read(destination).variables
-    _compare(written, found, destination)
+        found = read(destination)
+    _compare(written, found.state_dict if isinstance(found, TorchWeights) else found.variables, destination)
     size = sum(array.nbytes for array in {id(array): array for array in jax.tree.leaves(written)}.values())
     say(f"wrote    {os.fspath(destination)}: {size / 1e6:.1f} MB, read again and found equal")
     return model
@@ -111,7 +110,7 @@ def _facts(weights: TorchWeights) -> str:
 
 def _only_fitting(weights: TorchWeights) -> str:
     """The one published model that has these tensors."""
-    names = fitting_models(weights.state_dict)
+    names = fitting_models(shapes_of(weights.state_dict))
     if len(names) == 1:
         return names[0]
     said = "".join(f"; the file says {key} {weights.notes[key]}" for key in _NOTES[:2] if key in weights.notes)

@@ -19,6 +19,7 @@ from sret_jax.files import (
     expand,
     is_sealed,
     local_copy,
+    naming,
     naming_orbax,
     naming_remote,
     read_json,
@@ -30,12 +31,16 @@ from sret_jax.models.sret import PER_STAGE, SReT
 from sret_jax.models.zoo import create_model
 from sret_jax.weights.adapt import adapt
 from sret_jax.weights.runs import run_identity, saved_steps
-from sret_jax.weights.torch_file import TorchWeights, load_torch_weights
-from sret_jax.weights.torch_names import file_model, fitting_models, from_torch_state_dict
+from sret_jax.weights.safetensors_file import open_safetensors
+from sret_jax.weights.torch_names import file_model, fitting_models, from_torch_state_dict, shapes_of
+from sret_jax.weights.torch_pickle import Tensor, shown
+from sret_jax.weights.torch_weights import TorchWeights, check_names, load_torch_weights, weights_of_safetensors
 
 # The fields that decide on the variables and on what they compute.
 _DESCRIBED = ("image_size", *PER_STAGE, "mlp_ratio", "nll_ratio", "num_classes")
 _NAMES_SHOWN = 10
+_MOST_STAGES = 32
+_MOST_NESTED = 20
 
 
 class Stored(NamedTuple):
@@ -104,19 +109,11 @@ def load_variables(
     Raises:
       UserError: there is no such file, or it is damaged, of another model, or of another number of classes.
     """
-    if holds_torch(path):
-        variables = from_torch_weights(load_torch_weights(path, ema=ema), model)
-    else:
-        variables = read(path, ema=ema).variables
+    found = read(path, model, ema=ema)
+    variables = from_torch_weights(found, model) if isinstance(found, TorchWeights) else found.variables
     if model is not None:
         variables = adapt(variables, model, fresh_head=fresh_head)
     return jax.device_put(variables)
-
-
-def holds_torch(path: epath.PathLike) -> bool:
-    """Whether a path is to be read as a file of PyTorch: it is not a folder, nor called `.safetensors`."""
-    with naming_remote(path):
-        return not _is_safetensors(path) and not epath.Path(expand(path)).is_dir()
 
 
 def from_torch_weights(weights: TorchWeights, model: SReT | None = None) -> dict[str, Any]:
@@ -129,39 +126,53 @@ def from_torch_weights(weights: TorchWeights, model: SReT | None = None) -> dict
     Raises:
       UserError: no model is given and none is known that fits, or the given one does not.
     """
+    check_names(weights)
+    shapes = shapes_of(weights.state_dict)
     if model is None:
-        names = fitting_models(weights.state_dict)
+        names = fitting_models(shapes)
         if not names:
             raise UserError(f"{weights.path} holds the weights of no published network: give the model that it is of")
         model = create_model(names[0])  # the others have the same variables
     _warn_of_non_finite(weights.state_dict.items())
     try:
-        return from_torch_state_dict(weights.state_dict, file_model(weights.state_dict, model))
+        return from_torch_state_dict(weights.state_dict, file_model(shapes, model))
     except UserError as error:
-        names = fitting_models(weights.state_dict)
+        names = fitting_models(shapes)
         hint = f"\nThey are those of {' or '.join(names)}" if names else ""
         raise UserError(f"{weights.path}: {error}{hint}") from error
 
 
-def read(path: epath.PathLike, *, ema: bool = False) -> Stored:
-    """What `save_variables` or a training run stored; a `UserWarning` names weights that are not finite.
+def read(path: epath.PathLike, model: SReT | None = None, *, ema: bool = False) -> Stored | TorchWeights:
+    """What a file or folder holds: variables, or weights under their official names.
+
+    A `UserWarning` names variables that are not finite.
 
     Args:
-      path: of a folder or `.safetensors` file.
-      ema: whether to take the moving average, which only training runs hold.
+      path: as in `load_variables`.
+      model: what the weights are for, as in `load_torch_weights`.
+      ema: whether to take the moving average, which training runs and state dicts may hold.
 
     Raises:
       UserError: there is none, or it is damaged.
     """
     with local_copy(path) as local:
         try:
-            stored = _read_safetensors(local) if _is_safetensors(path) else _read_folder(local, ema=ema)
-            if ema and stored.variables.keys() == {"ema"}:
-                stored = stored._replace(variables=stored.variables["ema"])
-            elif ema:
-                raise UserError(f"{os.fspath(path)} holds no moving average of weights: load it without ema (--ema)")
+            if local.is_dir():
+                stored: Stored | TorchWeights = _read_folder(local, ema=ema)
+            elif _is_safetensors(path):
+                stored = _read_safetensors(local, model, ema=ema)
+            else:
+                stored = load_torch_weights(local, model, ema=ema)
         except DamagedError as error:
             raise UserError(f"{local} is damaged ({error}): convert it again, or take another") from error
+        if isinstance(stored, TorchWeights):
+            return stored._replace(path=os.fspath(path))
+        if ema and stored.variables.keys() == {"ema"}:
+            stored = stored._replace(variables=stored.variables["ema"])
+        elif ema:
+            raise UserError(
+                f"{local} holds no moving average of weights: load the weights themselves, without ema=True"
+            )
     _warn_of_non_finite(flatten_dict(stored.variables, sep="/").items())
     return stored
 
@@ -195,16 +206,26 @@ def _write_safetensors(path: Path, arrays: Mapping[str, Any], kept: dict[str, st
     path.write_bytes(safetensors.numpy.save(flat, kept))
 
 
-def _read_safetensors(path: Path) -> Stored:
-    import safetensors
+def _read_safetensors(path: Path, model: SReT | None, *, ema: bool) -> Stored | TorchWeights:
+    with naming(path):
+        file = open_safetensors(path)
+    if "fields" not in file.metadata and not any(name.startswith("params/") for name in file.tensors):
+        return weights_of_safetensors(path, file, model, ema=ema)
+    tensors = {name: tensor for name, tensor in file.tensors.items() if isinstance(tensor, Tensor)}
+    for name in file.tensors.keys() - tensors.keys():
+        raise DamagedError(f"its variable {shown(name)} is of a type that is not known")
+    described = _model_and_name(file.metadata, {name: tensor.shape for name, tensor in tensors.items()})
+    variables = _tree({name: np.array(file.reader.array(tensor)) for name, tensor in tensors.items()})
+    return Stored(variables, *described)
 
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-            kept = file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise DamagedError(str(error)) from error
-    return Stored(unflatten_dict(flat, sep="/"), *_model_and_name(kept))
+
+def _tree(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Nested dicts of arrays under names such as `params/norm/bias`."""
+    for name in flat:
+        parts = name.split("/")
+        if len(parts) > _MOST_NESTED or any("/".join(parts[:end]) in flat for end in range(1, len(parts))):
+            raise DamagedError(f"its name {shown(name)} lies within another, or too deep")
+    return unflatten_dict(flat, sep="/")
 
 
 def _write_folder(path: Path, arrays: Mapping[str, Any], kept: dict[str, str]) -> None:
@@ -226,13 +247,12 @@ def _read_folder(path: Path, *, ema: bool) -> Stored:
         if not is_sealed(path):
             raise DamagedError("it has no checksums")
         check_seal(path)
-        return Stored(_restore(path / "state", ("ema",) if ema else ("params", "batch_stats")))
+        return _restore(path / "state", ("ema",) if ema else ("params", "batch_stats"))
     if (path / "variables").is_dir():
         if not is_sealed(path):
             raise DamagedError("it was not written to its end")
         check_seal(path)
-        kept = read_json(path / "model" / "metadata")
-        return Stored(_restore(path / "variables"), *_model_and_name(kept))
+        return _restore(path / "variables", kept=read_json(path / "model" / "metadata"))
     raise UserError(f"{path} holds no variables: expected a converted folder, or the workdir of a training run")
 
 
@@ -259,16 +279,48 @@ def _read_workdir(path: Path, *, ema: bool) -> Stored:
     return Stored(variables, model, name)
 
 
-def _model_and_name(kept: Mapping[str, str]) -> tuple[SReT | None, str]:
+def _model_and_name(kept: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[SReT | None, str]:
+    """The model that a file describes, and its name; its fields must be those of variables of these shapes."""
     try:
-        fields = json.loads(kept.get("fields", "{}"))
-        return SReT(**fields) if fields else None, kept.get("model", "")
-    except (TypeError, ValueError) as error:
-        raise DamagedError(f"what it says of its model is not understood: {error}") from error
+        fields, name = json.loads(kept.get("fields", "{}")), kept.get("model", "")
+        if not fields:
+            return None, shown(name)
+        _check_fields(fields, shapes)
+        return SReT(**fields), shown(name)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise DamagedError(f"what it says of its model is not understood: {shown(str(error))}") from error
 
 
-def _restore(folder: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """What Orbax wrote, or those of these parts that are there; no device is needed."""
+def _check_fields(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare a model's fields with its variables, before anything is made that is as large as they say.
+
+    Raises:
+      ValueError: they do not agree; or other errors, if the fields are not of the types that they should be.
+    """
+    if not fields.keys() <= set(_DESCRIBED):
+        raise ValueError(f"it has the fields {', '.join(fields)}")
+    widths, blocks, recursions = (fields[name] for name in ("widths", "blocks", "recursions"))
+    if not len(widths) == len(blocks) == len(recursions) <= _MOST_STAGES:
+        raise ValueError(f"it has {len(widths)} stages")
+    size, classes = fields["image_size"] // 8, fields["num_classes"]
+    expected: dict[str, tuple[int, ...]] = {"params/pos_embed": (size, size, widths[0])}
+    if classes:
+        expected["params/head/bias"] = (classes,)
+    for s, (width, count, times) in enumerate(zip(widths, blocks, recursions, strict=True)):
+        stage = f"params/stages_{s}/blocks"
+        expected[f"{stage}/block/norm1/scale"] = (count, width)
+        expected[f"{stage}/block/mlp/fc1/bias"] = (count, int(width * fields["mlp_ratio"]))
+        expected[f"{stage}/nlls/mlp/fc1/bias"] = (count, times, int(width * fields["nll_ratio"]))
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            raise ValueError(f"{name} is {shapes.get(name, 'missing')}, it says {shape}")
+
+
+def _restore(folder: Path, names: Sequence[str] | None = None, kept: Any = None) -> Stored:
+    """What Orbax wrote, or those of these parts that are there; no device is needed.
+
+    `kept` is what stands beside the variables of their model.
+    """
     import orbax.checkpoint as ocp
 
     with naming_orbax(folder):
@@ -279,13 +331,15 @@ def _restore(folder: Path, names: Sequence[str] | None = None) -> dict[str, Any]
                 for name, part in handler.metadata(folder.absolute()).tree.items()
                 if part is not None and (names is None or name in names)
             }
+            shapes = {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
+            described = _model_and_name(kept or {}, shapes)
             numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             args = ocp.args.PyTreeRestore(item=tree, restore_args=numpy, partial_restore=True)
-            return handler.restore(folder.absolute(), args=args)
-        except OSError:
+            return Stored(handler.restore(folder.absolute(), args=args), *described)
+        except (OSError, DamagedError):
             raise
         except Exception as error:  # whatever Orbax and TensorStore raise for what damage there is
-            raise DamagedError(str(error).strip().split("\n")[0][:200]) from error
+            raise DamagedError(shown(str(error).strip().split("\n")[0])) from error
 
 
 def _warn_of_non_finite(arrays: Iterable[tuple[str, np.ndarray]]) -> None:

@@ -23,7 +23,7 @@ from etils import epath
 
 from sret_jax.errors import UserError
 from sret_jax.files import local_copy, naming
-from sret_jax.weights.torch_pickle import Array, RefusedError, Storage, Tensor, shown, unpickle
+from sret_jax.weights.torch_pickle import Array, Placeholder, RefusedError, Storage, Tensor, shown, unpickle
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
@@ -33,36 +33,13 @@ _INT64 = struct.Struct("<q")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 # What a file may ask for; a checkpoint of SReT-S with its optimizer has a pickle of 0.2 MB, a directory of 0.1 MB, and
-# 510 weights, which are 1.5 times as large as in the file: many of the names are one tensor.
+# 510 weights.
 _LONGEST_PICKLE = 2**24
 _LONGEST_DIRECTORY = 2**22
-_MOST_WEIGHTS = 100_000
-_MOST_OVERLAP = 256
 _LARGEST_EMPTY = 2**48  # NumPy multiplies the sizes beside those that are 0
 _MOST_NESTED = 100
 
-_Plain = str | bytes | int | float | np.generic | None
-
-# Where training codes keep the weights: DeiT's, FKD's and timm's, and the averages beside them.
-_WEIGHTS = ("model", "state_dict")
-_AVERAGES = ("model_ema", "state_dict_ema", "ema")
-_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
-
-
-class TorchWeights(NamedTuple):
-    """The weights in a file, and what the file says of them.
-
-    Attributes:
-      path: the file.
-      state_dict: {name: array}, names without wrappers' prefixes; views of the file.
-      layout: under which key the weights stood, "" if the file is a plain state dict.
-      notes: other entries of the file that are text or numbers, e.g. "epoch", "arch" or "args.model".
-    """
-
-    path: str
-    state_dict: dict[str, np.ndarray]
-    layout: str
-    notes: dict[str, Any]
+_Plain = str | bytes | bytearray | int | float | np.generic | Placeholder | None
 
 
 def load_torch_file(path: epath.PathLike) -> Any:
@@ -75,13 +52,14 @@ def load_torch_file(path: epath.PathLike) -> Any:
       path: a file, which is mapped to memory; one behind `gs://`, `s3://` or the like is fetched first.
 
     Returns:
-      Dicts, lists, tuples, text, numbers, `argparse.Namespace`s and arrays. Whatever else the file asks for is refused.
+      Dicts, lists, tuples, text, numbers, `argparse.Namespace`s and arrays, and for everything else a `Placeholder`,
+      which says what the file names there.
 
     Raises:
       UserError: no file that `torch.save` wrote, a damaged one, or one that asks for something to be executed.
     """
-    contents, reader = _open(path)
-    with _of_file(path):
+    contents, reader = open_torch_file(path)
+    with naming_file(path):
         return _with_arrays(contents, reader.array, {}, 0)
 
 
@@ -98,7 +76,7 @@ def load_torch_content(content: bytes, name: epath.PathLike) -> Any:
     Raises:
       UserError: as `load_torch_file`.
     """
-    with _of_file(name):
+    with naming_file(name):
         if not content:
             raise RefusedError(_EMPTY)
         stream = _Mapped(-1, len(content))
@@ -107,63 +85,26 @@ def load_torch_content(content: bytes, name: epath.PathLike) -> Any:
         return _with_arrays(contents, reader.array, {}, 0)
 
 
-def load_torch_weights(path: epath.PathLike, *, ema: bool = False) -> TorchWeights:
-    """The weights in a file of PyTorch, in any layout that training codes write; nothing else of it is read.
+def open_torch_file(path: epath.PathLike) -> tuple[Any, "Reader"]:
+    """What a file describes, with tensors as `Tensor` or `Array`, and what reads them.
 
     Args:
       path: as in `load_torch_file`.
-      ema: whether to take the weights' moving average instead of the weights.
 
     Raises:
-      UserError: as in `load_torch_file`, or the file holds no weights.
+      UserError: as in `load_torch_file`.
     """
-    contents, reader = _open(path)
-    with _of_file(path):
-        key, weights = _find_weights(contents, ema)
-        for wrapper in _WRAPPERS * 2:
-            if all(name.startswith(wrapper) for name in weights):
-                weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
-        state_dict = {name: reader.array(value) for name, value in weights.items()}
-        if sum(array.nbytes for array in state_dict.values()) > _MOST_OVERLAP * reader.size:
-            raise RefusedError("its weights lie one over the other, and are far larger than the file")
-    return TorchWeights(os.fspath(path), state_dict, key, _notes(contents) if key else {})
+    with local_copy(path) as file, naming(file), naming_file(path):
+        if file.is_dir():
+            raise RefusedError("it is a folder, expected a file that torch.save wrote")
+        with file.open("rb") as opened:
+            if not opened.read(1):
+                raise RefusedError(_EMPTY)
+            stream = _Mapped(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        return _open_stream(stream)
 
 
-def _find_weights(contents: Any, ema: bool) -> tuple[str, dict[str, Tensor | Array]]:
-    """The key of the weights, "" for a plain state dict, and the weights."""
-    if not isinstance(contents, dict):
-        raise RefusedError(f"it holds a {type(contents).__name__}, expected a dict of weights")
-    for key in _AVERAGES if ema else (*_WEIGHTS, ""):
-        candidate = contents.get(key) if key else contents
-        if isinstance(candidate, dict) and any(isinstance(value, Tensor | Array) for value in candidate.values()):
-            if len(candidate) > _MOST_WEIGHTS:
-                raise RefusedError(f"it holds {len(candidate)} weights, expected no more than {_MOST_WEIGHTS}")
-            strange = [name for name, value in candidate.items() if not isinstance(value, Tensor | Array)]
-            strange += [name for name in candidate if not isinstance(name, str) or name != shown(name)]
-            if strange:
-                names = ", ".join(shown(str(name)) for name in strange[:10])
-                raise RefusedError(f"among its weights are {len(strange)} entries that are no tensors by name: {names}")
-            return key, candidate
-    wanted = "moving average" if ema else "weights"
-    keys = ", ".join(shown(str(key)) for key in list(contents)[:20])
-    raise RefusedError(
-        f"it holds no {wanted}: its entries are {keys or 'none'}; expected one of "
-        + ", ".join(_AVERAGES if ema else (*_WEIGHTS, "tensors by name"))
-    )
-
-
-def _notes(contents: dict[Any, Any]) -> dict[str, Any]:
-    args = contents.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-    notes = {f"args.{key}": value for key, value in args.items()}
-    return {
-        str(key): shown(value) if isinstance(value, str) else value
-        for key, value in {**contents, **notes}.items()
-        if isinstance(value, str | int | float)
-    }
-
-
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """Where a storage lies in the file; `crc` is its checksum, None where there is none."""
 
     start: int
@@ -171,10 +112,10 @@ class _Span(NamedTuple):
     crc: int | None
 
 
-class _Reader:
+class Reader:
     """The numbers of one file's tensors."""
 
-    def __init__(self, buffer: memoryview, locate: Callable[[str], _Span | None]) -> None:
+    def __init__(self, buffer: memoryview, locate: Callable[[str], Span | None]) -> None:
         """`locate` says where the storage of a key lies; None is nowhere."""
         self._buffer = buffer
         self._locate = locate
@@ -191,19 +132,21 @@ class _Reader:
             if described.value is None:
                 raise RefusedError("it holds a NumPy array without numbers")
             return described.value
-        storage, offset, shape, strides = described.storage, described.offset, described.shape, described.strides
-        content = self._content(storage)
+        if described.dtype.type is np.void:
+            raise RefusedError(f"a tensor of shape {described.shape} is complex, quantised or of no type")
+        dtype, offset, shape, strides = described.dtype, described.offset, described.shape, described.strides
+        content = self._content(described.storage)
         if len(shape) != len(strides):
             raise RefusedError(f"a tensor of shape {shape} has {len(strides)} strides")
         numbers = math.prod(shape)
         if math.prod(size or 1 for size in shape) > (self.size if numbers else _LARGEST_EMPTY):
             raise RefusedError(f"a tensor of shape {shape} has more numbers than the file has bytes")
         if not numbers:
-            return np.zeros(shape, storage.dtype)
-        if offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) >= storage.elements:
-            raise RefusedError(f"a tensor of shape {shape} does not lie within its {storage.elements} numbers")
-        itemsize = storage.dtype.itemsize
-        return np.ndarray(shape, storage.dtype, content, offset * itemsize, [stride * itemsize for stride in strides])
+            return np.zeros(shape, dtype)
+        elements, itemsize = len(content) // dtype.itemsize, dtype.itemsize
+        if offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) >= elements:
+            raise RefusedError(f"a tensor of shape {shape} does not lie within its {elements} numbers")
+        return np.ndarray(shape, dtype, content, offset * itemsize, [stride * itemsize for stride in strides])
 
     def _content(self, storage: Storage) -> np.ndarray:
         name, size = shown(storage.key), storage.elements * storage.dtype.itemsize
@@ -220,7 +163,7 @@ class _Reader:
 
 
 @contextlib.contextmanager
-def _of_file(path: epath.PathLike) -> Iterator[None]:
+def naming_file(path: epath.PathLike) -> Iterator[None]:
     """Errors that name the file."""
     try:
         yield
@@ -228,19 +171,7 @@ def _of_file(path: epath.PathLike) -> Iterator[None]:
         raise UserError(f"{os.fspath(path)} cannot be loaded: {error}") from error
 
 
-def _open(path: epath.PathLike) -> tuple[Any, _Reader]:
-    """What a file describes, with tensors as `Tensor`, and what reads them."""
-    with local_copy(path) as file, naming(file), _of_file(path):
-        if file.is_dir():
-            raise RefusedError("it is a folder, expected a file that torch.save wrote")
-        with file.open("rb") as opened:
-            if not opened.read(1):
-                raise RefusedError(_EMPTY)
-            stream = _Mapped(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        return _open_stream(stream)
-
-
-def _open_stream(stream: mmap.mmap) -> tuple[Any, _Reader]:
+def _open_stream(stream: mmap.mmap) -> tuple[Any, Reader]:
     if stream[:4] == b"PK\x03\x04":
         return _open_archive(stream)
     if stream[:1] == pickle.PROTO:
@@ -270,7 +201,7 @@ def _guess(start: bytes) -> str:
     return "it is of no known kind, or its beginning is damaged"
 
 
-def _open_archive(stream: mmap.mmap) -> tuple[Any, _Reader]:
+def _open_archive(stream: mmap.mmap) -> tuple[Any, Reader]:
     """The zip archive that PyTorch writes since 1.6: ROOT/data.pkl, and ROOT/data/KEY for each storage."""
     entries = _archive_entries(stream)
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -293,11 +224,11 @@ def _open_archive(stream: mmap.mmap) -> tuple[Any, _Reader]:
         raise RefusedError(_BIG_ENDIAN)
     contents, _ = unpickle(io.BytesIO(content(pickles[0])))
 
-    def locate(key: str) -> _Span | None:
+    def locate(key: str) -> Span | None:
         entry = entries.get(f"{root}data/{key}")
         return entry and entry.span(stream)
 
-    return contents, _Reader(memoryview(stream), locate)
+    return contents, Reader(memoryview(stream), locate)
 
 
 class _Entry(NamedTuple):
@@ -308,7 +239,7 @@ class _Entry(NamedTuple):
     info: zipfile.ZipInfo
     has_checksum: bool
 
-    def span(self, stream: mmap.mmap) -> _Span:
+    def span(self, stream: mmap.mmap) -> Span:
         """Where the content lies. Only this reads from the entry: the pages of those that are not needed stay out."""
         name = shown(self.info.filename)
         header = stream[self.start : self.start + _LOCAL_HEADER.size]
@@ -317,7 +248,7 @@ class _Entry(NamedTuple):
         start = self.start + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header)[1:])
         if start + self.info.file_size > self.end:
             raise RefusedError(f"its entry {name} reaches into another")
-        return _Span(start, self.info.file_size, self.info.CRC if self.has_checksum else None)
+        return Span(start, self.info.file_size, self.info.CRC if self.has_checksum else None)
 
 
 def _archive_entries(stream: mmap.mmap) -> dict[str, _Entry]:
@@ -341,7 +272,7 @@ def _archive_entries(stream: mmap.mmap) -> dict[str, _Entry]:
     return entries
 
 
-def _open_legacy(stream: mmap.mmap) -> tuple[Any, _Reader]:
+def _open_legacy(stream: mmap.mmap) -> tuple[Any, Reader]:
     """The format before 1.6: pickles of a magic number, a version, the system, the object and the keys; the numbers."""
     pickles = io.BytesIO(stream[:_LONGEST_PICKLE])
     magic, _ = unpickle(pickles)
@@ -363,11 +294,11 @@ def _open_legacy(stream: mmap.mmap) -> tuple[Any, _Reader]:
         at += _INT64.size
         if elements != storages[key].elements or at + size > len(stream):
             raise RefusedError("it is damaged or cut short: the numbers of its tensors are not all there")
-        spans[key] = _Span(at, size, None)
+        spans[key] = Span(at, size, None)
         at += size
     if at != len(stream):
         raise RefusedError("it is damaged: something follows its last tensor")
-    return contents, _Reader(memoryview(stream), spans.get)
+    return contents, Reader(memoryview(stream), spans.get)
 
 
 def _with_arrays(node: Any, array: Callable[[Tensor | Array], np.ndarray], done: dict[int, Any], depth: int) -> Any:
@@ -381,7 +312,11 @@ def _with_arrays(node: Any, array: Callable[[Tensor | Array], np.ndarray], done:
     def inside(value: Any) -> Any:
         return _with_arrays(value, array, done, depth + 1)
 
-    if isinstance(node, Tensor | Array):
+    if isinstance(node, Array) and node.value is None:
+        made = Placeholder("numpy.ndarray", ())
+    elif isinstance(node, Tensor) and node.dtype.type is np.void:
+        made = Placeholder("torch.Tensor", ())
+    elif isinstance(node, Tensor | Array):
         made = array(node)
     elif isinstance(node, dict):
         made = {key: inside(value) for key, value in node.items()}

@@ -7,10 +7,13 @@ stacked on a leading axis, its NLLs on two: block and application.
 """
 
 import dataclasses
+import functools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sret_jax.errors import UserError
@@ -134,9 +137,33 @@ def _lookup(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def file_model(state_dict: Mapping[str, np.ndarray], model: SReT) -> SReT:
-    """`model` with the image size and the number of classes that an official state dict is of."""
-    position, head = (np.shape(state_dict.get(name, ())) for name in ("pos_embed", "head.bias"))
+def prefix_of(name: str) -> str | None:
+    """What stands before the official name that a tensor's name ends in, "" for nothing; None if it ends in none."""
+    official = _official_forms()
+    parts = name.rsplit(".", _LONGEST_NAME)
+    for i in range(len(parts)):
+        if ".".join("#" if part.isdecimal() else part for part in parts[i:]) in official:
+            return name[: len(name) - len(".".join(parts[i:]))]
+    return None
+
+
+_LONGEST_NAME = 7  # in parts
+
+
+@functools.cache
+def _official_forms() -> frozenset[str]:
+    """The official names, with # for the number of a stage, block or pooling."""
+    return frozenset(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name, _ in _places(create_model("sret_t")))
+
+
+def shapes_of(state_dict: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """The shapes of arrays by name."""
+    return {name: np.shape(array) for name, array in state_dict.items()}
+
+
+def file_model(shapes: Mapping[str, tuple[int, ...]], model: SReT) -> SReT:
+    """`model` with the image size and the number of classes that an official state dict of these shapes is of."""
+    position, head = shapes.get("pos_embed", ()), shapes.get("head.bias", ())
     fields: dict[str, Any] = {"num_classes": head[0] if len(head) == 1 else 0}
     if len(position) == 4 and position[2] == position[3] and position[2:] != 2 * (model.grid_sizes[0],):
         # Which places a stage's tokens are sliced at decides on no tensor, and need not fit another image size.
@@ -144,22 +171,32 @@ def file_model(state_dict: Mapping[str, np.ndarray], model: SReT) -> SReT:
     return model.copy(**fields)
 
 
-def fitting_models(state_dict: Mapping[str, np.ndarray]) -> list[str]:
+def fitting_models(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The published models that have tensors of these names and shapes, whatever the number of classes.
 
     Models that differ in slices alone, or in how they were trained, cannot be told apart.
     """
-    return [name for name in list_models() if _fits(state_dict, create_model(name))]
+    models = {name: create_model(name) for name in list_models()}
+    return [
+        name
+        for name, model in models.items()
+        if shapes.get("pos_embed", ())[2:] == 2 * (model.grid_sizes[0],) and fits(shapes, model)
+    ]
 
 
-def _fits(state_dict: Mapping[str, np.ndarray], model: SReT) -> bool:
+def fits(shapes: Mapping[str, tuple[int, ...]], model: SReT) -> bool:
+    """Whether a network has tensors of these names and shapes, at another image size or number of classes perhaps."""
+    try:
+        model = file_model(shapes, model)
+    except UserError:  # there is no network of such a size
+        return False
     # These shapes decide on all others, and need no tracing of the model.
     expected: dict[str, tuple[int, ...]] = {"pos_embed": (1, model.widths[0], model.grid_sizes[0], model.grid_sizes[0])}
     for s, width in enumerate(model.widths):
         for part, ratio in ((0, model.mlp_ratio), (1, model.nll_ratio)):
             expected[f"transformers.{s}.blocks.{part}.mlp.fc1.weight"] = (int(width * ratio), width)
-    names = {name for name, _ in _places(file_model(state_dict, model))}
-    return names == set(state_dict) and all(np.shape(state_dict[name]) == shape for name, shape in expected.items())
+    names = {name for name, _ in _places(model)}
+    return names == set(shapes) and all(shapes[name] == shape for name, shape in expected.items())
 
 
 def from_torch_state_dict(state_dict: Mapping[str, np.ndarray], model: SReT) -> dict[str, Any]:
@@ -173,7 +210,8 @@ def from_torch_state_dict(state_dict: Mapping[str, np.ndarray], model: SReT) -> 
       {"params", "batch_stats"}: float32 arrays, and the int32 count of batches that BatchNorm has seen.
 
     Raises:
-      UserError: missing, unexpected or misshapen tensors, all of them listed, or copies of a shared tensor that differ.
+      UserError: missing, unexpected, misshapen or mistyped tensors, or copies of a shared tensor that differ; all of
+        them are listed.
     """
     places = dict(_places(model))
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(model))
@@ -186,11 +224,19 @@ def from_torch_state_dict(state_dict: Mapping[str, np.ndarray], model: SReT) -> 
             continue
         target, array = _lookup(variables, place.path), np.asarray(state_dict[name])
         expected = place.layout.to_torch(target[place.index]).shape
+        if expected == () and array.shape == (1,):  # as load_state_dict takes it: PyTorch before 0.4 had no scalars
+            array = array[0]
         if array.shape != expected:
             problems.append(f"misshapen: {name} is {array.shape}, expected {expected}")
             continue
+        is_count = np.issubdtype(target.dtype, np.integer)
+        if not (jnp.issubdtype(array.dtype, jnp.floating) or (is_count and array.dtype.kind in "iu")):
+            problems.append(
+                f"mistyped: {name} is {array.dtype}, expected {'whole' if is_count else 'floating'} numbers"
+            )
+            continue
         value = place.layout.from_torch(array)
-        if np.issubdtype(target.dtype, np.integer):  # a count of batches may be infinite in a file of halves
+        if is_count:  # which may be infinite in a file of halves
             value = np.clip(np.where(np.isfinite(value), value, 0).astype(np.int64), 0, np.iinfo(target.dtype).max)
         value = value.astype(target.dtype)
         first = filled.setdefault((place.path, place.index), name)

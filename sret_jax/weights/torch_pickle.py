@@ -1,9 +1,10 @@
 """Reads the pickles inside PyTorch's files as data. Nothing that a pickle names is imported or called.
 
 `pickletools.genops` of the standard library cuts the pickle into opcodes; the tables below say what each one means.
-An opcode or a name that is not in them is refused, and so is what a writer of checkpoints never needs: keys that are
-neither text nor small numbers (hashing nested tuples takes for ever, and so do numbers of one hash), or an opcode that
-drops or repeats what it made. What a pickle may ask for is counted: time and memory grow with its length at most.
+Names that weights need stand for functions of ours. Every other name is a `Placeholder`, and so is whatever a pickle
+makes of it: training codes keep objects of any class beside their weights. What a pickle may ask for is counted: time
+and memory grow with its length at most. Only text and small numbers are hashed, because hashing nested tuples takes
+for ever, and so do numbers of one hash.
 """
 
 import argparse
@@ -34,6 +35,28 @@ STORAGE_DTYPES: Mapping[str, np.dtype] = {
         "Bool": np.bool_,
     }.items()
 }
+# Bytes that are no weights: complex and quantised ones, and those whose dtype stands beside each tensor.
+_BYTES: Mapping[str, np.dtype] = {
+    "torch.storage.UntypedStorage": np.dtype("V1"),
+    "torch.UntypedStorage": np.dtype("V1"),
+    **{f"torch.{name}Storage": np.dtype("V1") for name in ("QInt8", "QUInt8", "QUInt4x2", "QUInt2x4")},
+    "torch.QInt32Storage": np.dtype("V4"),
+    "torch.ComplexFloatStorage": np.dtype("V8"),
+    "torch.ComplexDoubleStorage": np.dtype("V16"),
+}
+_DTYPES: Mapping[str, np.dtype] = {
+    f"torch.{name}": np.dtype(dtype)
+    for name, dtype in {
+        "uint16": np.uint16,
+        "uint32": np.uint32,
+        "uint64": np.uint64,
+        "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+        "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+        "float8_e5m2": ml_dtypes.float8_e5m2,
+        "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+        "float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
+    }.items()
+}
 
 # What one pickle may ask for; a checkpoint of SReT-S with its optimizer has 60,000 opcodes, and opens 2,000 items.
 _MOST_STEPS = 300_000  # or more in a longer pickle: PyTorch writes three bytes and more for each
@@ -46,6 +69,7 @@ _MOST_DIMENSIONS = 16
 _MOST_BITS = 1024  # of a number; Python writes none of more than 4,300 digits
 _DIFFERENT_HASHES = 2**61 - 1  # below it, every number has its own
 
+_STORAGES = {**STORAGE_DTYPES, **_BYTES}
 _ByteOrder = Literal["<", ">", "="]
 _BYTE_ORDERS: Mapping[str, _ByteOrder] = {"<": "<", ">": ">", "|": "=", "=": "="}
 
@@ -61,9 +85,10 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Tensor:
-    """A view of a storage; offset and strides count elements. Nothing of it has been checked."""
+    """A view of a storage's bytes as numbers; offset and strides count them. Nothing of it has been checked."""
 
     storage: Storage
+    dtype: np.dtype
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -76,15 +101,21 @@ class Array:
     value: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Placeholder:
+    """Stands for what a pickle names, or makes by calling what it names. Nothing has been imported or called.
+
+    Attributes:
+      name: `module.attribute`.
+      arguments: that it would have been called with; None for the name itself.
+    """
+
+    name: str
+    arguments: Any = dataclasses.field(default=None, repr=False)  # they may be endless
+
+
 class RefusedError(UserError):
     """The pickle is damaged, or holds what a checkpoint does not."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Name:
-    """A global that the pickle names, `module.attribute`; it stays a name."""
-
-    text: str
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -102,11 +133,12 @@ def unpickle(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
     """What the next pickle of a stream describes; the stream then stands behind it.
 
     Returns:
-      Dicts, lists, tuples, text, numbers and `argparse.Namespace`s, with `Tensor` and `Array` where there is one; and
-      every storage by its key.
+      Dicts, lists, tuples, text, numbers and `argparse.Namespace`s, with `Tensor` and `Array` where there is one and a
+      `Placeholder` for everything else; and every storage by its key. A dict's key that is neither text nor a small
+      number is a `Placeholder` too.
 
     Raises:
-      RefusedError: the pickle is damaged, or has an opcode or a name that this module does not know.
+      RefusedError: the pickle is damaged, or has an opcode that this module does not know.
     """
     machine = _Machine(max(_MOST_STEPS, len(stream.getbuffer()) // _BYTES_OF_A_STEP))
     try:
@@ -184,73 +216,106 @@ def _memoize(machine: _Machine, key: int) -> None:
     machine.memo[key] = machine.stack[-1]
 
 
+def _pop(machine: _Machine, _: None) -> None:
+    if machine.stack:
+        machine.stack.pop()
+    else:  # on a mark
+        machine.since_mark()
+
+
+def _pop_mark(machine: _Machine, _: None) -> None:
+    machine.since_mark()
+
+
 def _append(machine: _Machine, items: list[Any]) -> None:
     target = machine.stack[-1]
-    if type(target) is not list:
+    if type(target) is list:
+        target.extend(items)
+    elif type(target) is not Placeholder:
         raise TypeError("items for what is no list")
-    target.extend(items)
 
 
 def _set(machine: _Machine, items: list[Any]) -> None:
     target = machine.stack[-1]
-    if type(target) is not dict:
+    pairs = zip(items[::2], items[1::2], strict=True)
+    if type(target) is dict:
+        for key, value in pairs:
+            target[_key(key)] = value
+    elif type(target) is not Placeholder:
         raise TypeError("keys for what is no dict")
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int | float | None):
-            raise RefusedError(f"it holds a dict with a key of type {type(key).__name__}, expected text or numbers")
-        if isinstance(key, int) and abs(key) >= _DIFFERENT_HASHES:
-            raise RefusedError("it holds a dict with a key that is a huge number")
-        target[key] = value
+
+
+def _key(value: Any) -> Any:
+    """A key of a dict as it can be hashed: by identity, but for text and small numbers."""
+    if type(value) is Placeholder or (
+        isinstance(value, str | int | float | None) and not (isinstance(value, int) and abs(value) >= _DIFFERENT_HASHES)
+    ):
+        return value
+    return Placeholder(f"builtins.{type(value).__name__}", (value,))
+
+
+def _add(machine: _Machine, items: list[Any]) -> None:
+    if type(machine.stack[-1]) is not Placeholder:
+        raise TypeError("items for what is no set")
 
 
 def _stack_global(machine: _Machine, _: None) -> None:
     module, attribute = machine.last(2)
-    _global(machine, f"{module} {attribute}" if type(module) is type(attribute) is str else "")
+    if not type(module) is type(attribute) is str:
+        raise TypeError("a name that is no text")
+    machine.stack.append(Placeholder(f"{module}.{attribute}"))
 
 
 def _global(machine: _Machine, argument: str) -> None:
-    name = argument.replace(" ", ".", 1)
-    if name not in _CALLS and name not in STORAGE_DTYPES:
-        raise RefusedError(
-            f"it asks for {shown(name)!r}, which no checkpoint of weights needs: nothing of it has been executed. Do "
-            "not trust this file, or take the weights out of it, where it was made, with "
-            'torch.save({"model": model.state_dict()}, path)'
-        )
-    machine.stack.append(_Name(name))
+    machine.stack.append(_named(argument))
+
+
+def _named(argument: str) -> Placeholder:
+    """The name in an argument of `pickletools`, which puts a space between its parts."""
+    return Placeholder(argument.replace(" ", ".", 1))
 
 
 def _persistent(machine: _Machine, _: None) -> None:
     (given,) = machine.last(1)
-    if type(given) is tuple and given[:1] == ("module",):
-        raise RefusedError("it holds a whole pickled model, expected weights: torch.save(model.state_dict(), path)")
-    kind, name, key, _, elements, *view = given if type(given) is tuple and len(given) <= 6 else [None] * 5
-    if kind != "storage" or type(key) is not str or any(view):
-        raise RefusedError("its tensors are stored in a way that PyTorch has left behind: save it with a newer one")
-    storage = Storage(key, STORAGE_DTYPES[_text(name)], _count(elements))
+    kind, name, key, _, elements, *view = given if type(given) is tuple and len(given) in (5, 6) else [None] * 5
+    dtype = _STORAGES.get(name.name) if type(name) is Placeholder and name.arguments is None else None
+    if type(kind) is not str or kind != "storage" or dtype is None or any(view):
+        machine.stack.append(Placeholder("a persistent object", given))
+        return
+    if type(key) is not str:
+        raise TypeError("a storage without a key")
+    storage = Storage(key, dtype, _count(elements))
     known = machine.storages.setdefault(key, storage)
     if (known.dtype, known.elements) != (storage.dtype, storage.elements):
         raise RefusedError(f"the tensor {shown(key)!r} is said to be of two kinds")
     machine.stack.append(known)
 
 
+def _call(machine: _Machine, function: Any, arguments: Any) -> None:
+    """Make what a call of a name gives: our function's result, or a placeholder."""
+    if type(function) is not Placeholder:
+        raise TypeError(f"a call of a {type(function).__name__}")
+    call = _CALLS.get(function.name) if function.arguments is None else None
+    if call is None or type(arguments) is not tuple:
+        machine.stack.append(Placeholder(function.name, arguments))
+        return
+    if len(arguments) > _MOST_ARGUMENTS:
+        raise TypeError(f"a call of {function.name} with {len(arguments)} arguments")
+    machine.stack.append(call(machine, *arguments))
+
+
 def _reduce(machine: _Machine, _: None) -> None:
-    name, arguments = machine.last(2)
-    call = _CALLS[_text(name)]
-    if call is None or type(arguments) is not tuple or len(arguments) > _MOST_ARGUMENTS:
-        raise TypeError(f"a call of {name.text}")
-    made = call(*arguments)
-    if type(made) is bytes:  # of a text that the pickle holds once and may name again and again
-        machine.encoded_bytes += len(made)
-        if machine.encoded_bytes > _MOST_ENCODED_BYTES:
-            raise RefusedError("its pickle asks for more than a checkpoint needs")
-    machine.stack.append(made)
+    _call(machine, *machine.last(2))
 
 
-def _new_object(machine: _Machine, _: None) -> None:
-    name, arguments = machine.last(2)
-    if _text(name) != "argparse.Namespace" or arguments != ():
-        raise TypeError(f"a new {name.text}")
-    machine.stack.append(argparse.Namespace())
+def _new_object_with_keywords(machine: _Machine, _: None) -> None:
+    name, arguments, keywords = machine.last(3)
+    _call(machine, name, arguments if keywords == {} else (arguments, keywords))
+
+
+def _old_object(machine: _Machine, _: None) -> None:
+    name, *arguments = machine.since_mark()
+    _call(machine, name, tuple(arguments))
 
 
 def _build(machine: _Machine, _: None) -> None:
@@ -267,16 +332,11 @@ def _build(machine: _Machine, _: None) -> None:
         target.order = _BYTE_ORDERS[state[1]]
     elif isinstance(target, Array):
         _, shape, dtype, fortran, data = state
-        order: Literal["F", "C"] = "F" if fortran is True else "C"
-        target.value = np.frombuffer(data, dtype.numpy()).reshape(_counts(shape), order=order)
-    elif type(target) is not dict or type(state) is not dict:  # a state dict's _metadata says nothing of weights
+        if type(dtype) is _Dtype:
+            target.value = _numpy_array(data, dtype, shape, "F" if fortran is True else "C")
+    # A dict's state says nothing of weights: PyTorch keeps the versions of modules there.
+    elif type(target) is not Placeholder and type(target) is not dict:
         raise TypeError("state for what has none")
-
-
-def _text(name: Any) -> str:
-    if type(name) is not _Name:
-        raise TypeError(f"{type(name).__name__} instead of a name")
-    return name.text
 
 
 def _count(value: Any) -> int:
@@ -293,73 +353,140 @@ def _counts(values: Any) -> tuple[int, ...]:
     return values
 
 
-def _tensor(storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> Tensor:
+def _tensor(
+    machine: _Machine, storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> Tensor | Placeholder:
+    if type(storage) is Placeholder:
+        kind = storage.arguments[1] if type(storage.arguments) is tuple and len(storage.arguments) > 1 else None
+        return Placeholder(kind.name if type(kind) is Placeholder else storage.name, ())
     if type(storage) is not Storage:
         raise TypeError("a tensor without storage")
-    return Tensor(storage, _count(offset), _counts(shape), _counts(strides))
+    return Tensor(storage, storage.dtype, _count(offset), _counts(shape), _counts(strides))
 
 
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    if type(data) is not Tensor:
+def _tensor_of_bytes(machine: _Machine, *arguments: Any) -> Tensor | Placeholder:
+    *described, _, _, dtype = arguments[:7]
+    tensor = _tensor(machine, *described)
+    if type(tensor) is not Tensor or type(dtype) is not Placeholder:
+        return Placeholder("torch._utils._rebuild_tensor_v3", ())
+    known = _DTYPES.get(dtype.name)
+    return Placeholder(dtype.name, ()) if known is None else dataclasses.replace(tensor, dtype=known)
+
+
+def _tensor_itself(machine: _Machine, data: Tensor, *_: Any) -> Tensor | Placeholder:
+    if type(data) is not Tensor and type(data) is not Placeholder:
         raise TypeError("a parameter that is no tensor")
     return data
 
 
-def _ordered_dict() -> dict[Any, Any]:
-    return {}
+def _tensor_with_attributes(machine: _Machine, function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+    """A tensor of a class of its own, or with attributes: what the function that it names makes."""
+    name = function.name if type(function) is Placeholder and function.arguments is None else ""
+    if name not in _TENSOR_CALLS or type(arguments) is not tuple or len(arguments) > _MOST_ARGUMENTS:
+        return Placeholder(name or "torch._tensor._rebuild_from_type_v2", ())
+    return _TENSOR_CALLS[name](machine, *arguments)
 
 
-def _dtype(code: str, *_: Any) -> _Dtype:
-    if not re.fullmatch("[biuf][1248]", code):
-        raise RefusedError(f"it holds a NumPy array of dtype {shown(code)}, expected numbers")
-    return _Dtype(code)
+def _dict(machine: _Machine, items: Any = ()) -> dict[Any, Any] | Placeholder:
+    """A dict, of pairs if there are any."""
+    machine.count_steps(len(items))
+    pairs = list(items.items()) if type(items) is dict else items
+    if type(pairs) not in (list, tuple) or not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
+        raise TypeError("a dict that is not made of pairs")
+    return {_key(key): value for key, value in pairs}
 
 
-def _numpy_scalar(dtype: _Dtype, data: bytes) -> Any:
+def _namespace(machine: _Machine, *arguments: Any) -> argparse.Namespace | Placeholder:
+    return Placeholder("argparse.Namespace", arguments) if arguments else argparse.Namespace()
+
+
+def _dtype(machine: _Machine, code: Any, *_: Any) -> _Dtype | Placeholder:
+    if type(code) is str and re.fullmatch("[biuf][1248]", code):
+        return _Dtype(code)
+    return Placeholder("numpy.dtype", (code,))
+
+
+def _numpy_scalar(machine: _Machine, dtype: Any, data: Any) -> Any:
+    if type(dtype) is Placeholder:
+        return dtype
     (value,) = np.frombuffer(data, dtype.numpy())
     return value
 
 
-def _empty_bytes() -> bytes:
-    return b""
+def _numpy_array(data: Any, dtype: _Dtype, shape: Any, order: Literal["F", "C"]) -> np.ndarray:
+    return np.frombuffer(data, dtype.numpy()).reshape(_counts(shape), order=order)
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise ValueError("bytes in an encoding other than latin1")
-    return text.encode("latin1")
+def _empty_array(machine: _Machine, *_: Any) -> Array:
+    return Array()
 
 
-# Every name that a pickle may use, and our function that stands for it; None is no function.
-_CALLS: Mapping[str, Callable[..., Any] | None] = {
+def _array_of_buffer(machine: _Machine, data: Any, dtype: Any, shape: Any, order: Any) -> Array:
+    return Array(_numpy_array(data, dtype, shape, "F" if order == "F" else "C") if type(dtype) is _Dtype else None)
+
+
+def _bytes(machine: _Machine, *arguments: Any) -> bytes | Placeholder:
+    return Placeholder("builtins.bytes", arguments) if arguments else b""
+
+
+def _encode(machine: _Machine, *arguments: Any) -> bytes | Placeholder:
+    """Bytes, as protocol 2 writes them."""
+    text, encoding = arguments if len(arguments) == 2 else (None, None)
+    if type(text) is not str or type(encoding) is not str or encoding != "latin1":
+        return Placeholder("_codecs.encode", arguments)
+    made = text.encode("latin1")
+    machine.encoded_bytes += len(made)  # of a text that the pickle holds once and may name again and again
+    if machine.encoded_bytes > _MOST_ENCODED_BYTES:
+        raise RefusedError("its pickle asks for more than a checkpoint needs")
+    return made
+
+
+# What weights are made of: names that a pickle may call, and our functions that stand for them.
+_TENSOR_CALLS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "collections.OrderedDict": _ordered_dict,
-    "argparse.Namespace": None,
-    "numpy.ndarray": None,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_bytes,
+    "torch._utils._rebuild_parameter": _tensor_itself,
+    "torch._utils._rebuild_parameter_with_state": _tensor_itself,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _tensor_itself,
+    "torch.nn.parameter.Parameter": _tensor_itself,
+}
+_CALLS: Mapping[str, Callable[..., Any]] = {
+    **_TENSOR_CALLS,
+    "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
+    "collections.OrderedDict": _dict,
+    "argparse.Namespace": _namespace,
     "numpy.dtype": _dtype,
     "_codecs.encode": _encode,
-    "__builtin__.bytes": _empty_bytes,  # what protocol 2 makes of them
+    "__builtin__.bytes": _bytes,  # what protocol 2 makes of them
     **{
-        f"numpy.{core}.multiarray.{name}": call
+        f"numpy.{core}.{name}": call
         for core in ("core", "_core")
-        for name, call in {"_reconstruct": lambda *_: Array(), "scalar": _numpy_scalar}.items()
+        for name, call in {
+            "multiarray._reconstruct": _empty_array,
+            "multiarray.scalar": _numpy_scalar,
+            "numeric._frombuffer": _array_of_buffer,
+        }.items()
     },
 }
+
+_SET = Placeholder("builtins.set", ())  # it does not keep its items
 
 _OPCODES: Mapping[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "BINFLOAT"), _push),
     **dict.fromkeys(("LONG1", "LONG4"), _push_number),
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"), _push),
-    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"), _push),
-    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda machine, _: None),
+    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"), _push),
+    **dict.fromkeys(("PROTO", "FRAME", "STOP", "READONLY_BUFFER"), lambda machine, _: None),
     "NONE": lambda machine, _: machine.stack.append(None),
     "NEWTRUE": lambda machine, _: machine.stack.append(True),
     "NEWFALSE": lambda machine, _: machine.stack.append(False),
     "EMPTY_TUPLE": lambda machine, _: machine.stack.append(()),
     "EMPTY_LIST": lambda machine, _: machine.stack.append([]),
     "EMPTY_DICT": lambda machine, _: machine.stack.append({}),
+    "EMPTY_SET": lambda machine, _: machine.stack.append(_SET),
+    "FROZENSET": lambda machine, _: _push(machine, Placeholder("builtins.frozenset", tuple(machine.since_mark()))),
+    "NEXT_BUFFER": lambda machine, _: machine.stack.append(Placeholder("a buffer beside the pickle", ())),
     "MARK": lambda machine, _: machine.mark(),
     "TUPLE": lambda machine, _: _push(machine, tuple(machine.since_mark())),
     "TUPLE1": lambda machine, _: _push(machine, machine.last(1)),
@@ -367,6 +494,7 @@ _OPCODES: Mapping[str, Callable[[_Machine, Any], None]] = {
     "TUPLE3": lambda machine, _: _push(machine, machine.last(3)),
     "APPEND": lambda machine, _: _append(machine, list(machine.last(1))),
     "APPENDS": lambda machine, _: _append(machine, machine.since_mark()),
+    "ADDITEMS": lambda machine, _: _add(machine, machine.since_mark()),
     "SETITEM": lambda machine, _: _set(machine, list(machine.last(2))),
     "SETITEMS": lambda machine, _: _set(machine, machine.since_mark()),
     "BINPUT": _memoize,
@@ -374,10 +502,18 @@ _OPCODES: Mapping[str, Callable[[_Machine, Any], None]] = {
     "MEMOIZE": lambda machine, _: _memoize(machine, len(machine.memo)),
     "BINGET": lambda machine, key: _push(machine, machine.memo[key]),
     "LONG_BINGET": lambda machine, key: _push(machine, machine.memo[key]),
+    "POP": _pop,
+    "POP_MARK": _pop_mark,
     "GLOBAL": _global,
     "STACK_GLOBAL": _stack_global,
+    **dict.fromkeys(
+        ("EXT1", "EXT2", "EXT4"), lambda machine, code: _push(machine, Placeholder(f"the extension {code}"))
+    ),
     "BINPERSID": _persistent,
     "REDUCE": _reduce,
-    "NEWOBJ": _new_object,
+    "NEWOBJ": _reduce,
+    "NEWOBJ_EX": _new_object_with_keywords,
+    "INST": lambda machine, argument: _call(machine, _named(argument), tuple(machine.since_mark())),
+    "OBJ": _old_object,
     "BUILD": _build,
 }

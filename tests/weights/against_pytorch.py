@@ -29,7 +29,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.serialization import config as serialization_config
 
 import sret_jax
-from sret_jax.weights.torch_file import load_torch_weights
+from sret_jax.weights.torch_weights import load_torch_weights
 from sret_jax.weights.torch_writer import torch_file_content
 from tests.golden import golden
 from tests.golden.cases import model_of, recorded_permutations

@@ -1,6 +1,7 @@
 """Damaged and hostile variants of real files of PyTorch: the same ones, under the same names, in every run.
 
 A family is a function that yields variants. A command that one of them gets executed leaves a file called `executed`.
+What stands beside good weights is inert: they load, whatever a pickle there asks for.
 """
 
 import bz2
@@ -84,6 +85,7 @@ class Variant:
     content: Content
     loaded: Loaded = "weights"
     may_be_harmless: bool = False  # then the undamaged weights are a right answer, too
+    is_inert: bool = False  # then they are the only right answer; or that everything is read
 
     def write(self, path: Path) -> int:
         """Write the file; returns its size."""
@@ -468,10 +470,25 @@ def calls() -> Variants:
     for i, function in enumerate(FUNCTIONS.split()):
         module, _, attribute = function.rpartition(".")
         by_name, by_stack = named(module, attribute), named_by_stack(module, attribute)
-        yield Variant(f"a call of {function}", beside(call(by_stack if i % 2 else by_name, COMMAND), protocol=4))
+        code = call(by_stack if i % 2 else by_name, COMMAND)
+        inert = function != "torch._tensor._rebuild_from_type_v2"  # which is known, and takes more arguments
+        yield Variant(f"a call of {function}", beside(code, protocol=4), is_inert=inert)
     for module, attribute in ALIKE:
         code = call(named_by_stack(module, attribute))
-        yield Variant(f"a call of {module!a:.40}, {attribute!a:.40}", beside(code, protocol=4))
+        yield Variant(f"a call of {module!a:.40}, {attribute!a:.40}", beside(code, protocol=4), is_inert=True)
+    refused = {
+        "NEWOBJ of text",
+        "REDUCE of text",
+        "REDUCE without arguments",
+        "REDUCE of what was made",
+        "REDUCE of a tensor",
+        *(f"a name of {what}" for what in ("numbers", "tuples", "bytes", "names", "None", "one part")),
+        "GLOBAL beyond ASCII",
+        "GLOBAL without an end",
+        "encoding of what latin1 lacks",
+        "a parameter of text",
+        "a parameter of nothing",
+    }
     system, command = named("os", "system"), item(COMMAND)
     arguments = item((COMMAND,))
     for what, opcodes in {
@@ -517,7 +534,7 @@ def calls() -> Variants:
         "a parameter of text": call(named("torch._utils", "_rebuild_parameter"), "text", True, None),
         "a parameter of nothing": call(named("torch._utils", "_rebuild_parameter")),
     }.items():
-        yield Variant(f"a call by {what}", beside(Code(opcodes), protocol=4))
+        yield Variant(f"a call by {what}", beside(Code(opcodes), protocol=4), is_inert=what not in refused)
     for part, what in ((1, "version"), (2, "machine"), (3, "object"), (4, "list of keys")):
         yield Variant(f"a call where an old file has its {what}", legacy({part: pickled(SYSTEM)}))
     tensor = WEIGHTS["pos_embed"]
@@ -531,7 +548,8 @@ def calls() -> Variants:
         "as a tensor's hooks": weights({"pos_embed": hooks}),
         "as a storage's type": weights({"pos_embed": tensor._replace(kind=SYSTEM)}),
     }.items():
-        yield Variant(f"a call {what}", archive(pickled(code)))
+        inert = what in ("as the weights' state", "as a tensor's hooks")
+        yield Variant(f"a call {what}", archive(pickled(code)), is_inert=inert)
 
 
 _ARGUMENTS = {
@@ -599,6 +617,14 @@ def opcodes() -> Variants:
 
 def masquerades() -> Variants:
     """Objects used as what they are not: state for what has none, attributes that stand for our own, odd tuples."""
+    inert = {
+        *("state for a name", "state for a class", "a list as a dict's state", "a pair as a dict's state"),
+        *("__class__", "__dict__", "__reduce__", "a namespace as a dtype", "a namespace as a storage's type"),
+        *("an array without a dtype", "an array of objects", "a dtype of objects", "a dtype of records"),
+        *("a dtype by fields", "a dtype by a list", "a dtype of many", "a dtype of times", "a dtype of text"),
+        "a dtype of complex numbers",
+        *(f"a key that is {what}" for what in ("a list", "a tuple", "bytes", "a tensor", "a name")),
+    }
     tensor = WEIGHTS["pos_embed"]
     for what, code in {
         "state for a list": built(item([]), {}),
@@ -669,7 +695,7 @@ def masquerades() -> Variants:
         "a key that is a tensor": Code(b"}" + item(tensor) + b"Ns"),
         "a key that is a name": Code(b"}" + ORDERED_DICT + b"Ns"),
     }.items():
-        yield Variant(what, beside(Code(code)))
+        yield Variant(what, beside(Code(code)), is_inert=what in inert)
     for what, code in {
         "a storage": tensor.storage(),
         "an array without numbers": EMPTY_ARRAY,
@@ -680,7 +706,8 @@ def masquerades() -> Variants:
         "a tensor of one stride": tensor._replace(strides=(1,)).code(),
         "a tensor that is larger than the file": tensor._replace(shape=(2**47,), strides=(0,)).code(),
     }.items():
-        yield Variant(f"beside the weights, {what}", beside(code), loaded="everything")
+        inert = {"an array without numbers", "a name"}
+        yield Variant(f"beside the weights, {what}", beside(code), loaded="everything", is_inert=what in inert)
     persistent: dict[str, Any] = {
         "None": None,
         "text": "storage",
@@ -699,7 +726,7 @@ def masquerades() -> Variants:
         "a storage": tensor.storage(),
     }
     for what, given in persistent.items():
-        yield Variant(f"a persistent object of {what}", beside(Code(item(given) + pickle.BINPERSID)))
+        yield Variant(f"a persistent object of {what}", beside(Code(item(given) + pickle.BINPERSID)), is_inert=True)
 
 
 def nested() -> Variants:
@@ -769,7 +796,9 @@ def repeated() -> Variants:
         "an array's shape": array(doubled, data=bytes(4)),
         "an array's numbers": array((1,), data=doubled),
     }.items():
-        yield Variant(f"a tuple of 2^200 as {what}", beside(Code(code)))
+        inert = what in ("a key", "a pair as a key", "a persistent object", "a dtype", "an encoding")
+        inert = inert or what.startswith("a storage's type")
+        yield Variant(f"a tuple of 2^200 as {what}", beside(Code(code)), is_inert=inert)
     lists = Code(b"(" + b"]q\xc8" + b"](h\xc8h\xc8eq\xc8" * 90 + b"t")
     for what, content in {
         "as a weight": archive(pickled(weights({"pos_embed": doubled}))),
@@ -848,7 +877,7 @@ def lengths() -> Variants:
     }.items():
         yield Variant(f"length: a number of 6,000 digits {what}", archive(pickled(value)))
     of_one_hash = b"".join(item((2**61 - 1) * i) + b"N" for i in range(30_000))
-    yield Variant("length: 30,000 keys of one hash", beside(Code(b"}(" + of_one_hash + b"u")))
+    yield Variant("length: 30,000 keys of one hash", beside(Code(b"}(" + of_one_hash + b"u")), is_inert=True)
     long = {"a" * 2**20: tensor, "\x1b[31m" * 2**18: tensor, "\n" * 2**20: tensor, "\U0001f600" * 2**18: tensor}
     odd = {"\x1b]0;title\x07": tensor, "a\nb": tensor, "\ud800": tensor, "\u202e": tensor}
     for what, names in (("of a million letters", long), ("that cannot be printed", odd)):

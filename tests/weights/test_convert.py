@@ -18,8 +18,8 @@ from sret_jax.classify import classify
 from sret_jax.data.augment import MEAN, STD
 from sret_jax.weights import store
 from sret_jax.weights.convert import convert
-from sret_jax.weights.torch_file import load_torch_weights
-from sret_jax.weights.torch_names import fitting_models
+from sret_jax.weights.torch_names import fitting_models, shapes_of
+from sret_jax.weights.torch_weights import load_torch_weights
 from sret_jax.weights.torch_writer import torch_file_content
 from tests.golden import golden
 from tests.golden.cases import model_of, recorded_permutations
@@ -172,7 +172,7 @@ def test_what_is_no_image_is_refused(tmp_path) -> None:
 def test_a_model_is_recognised_only_as_far_as_its_tensors_decide(name: str, fitting: list[str], tmp_path) -> None:
     model = sret_jax.create_model(name, num_classes=7)
     path = official(model, tmp_path / "x.pth")
-    assert fitting_models(load_torch_weights(path).state_dict) == fitting
+    assert fitting_models(shapes_of(load_torch_weights(path).state_dict)) == fitting
     if len(fitting) > 1:
         with pytest.raises(sret_jax.UserError) as error:
             convert(path, tmp_path / "x")

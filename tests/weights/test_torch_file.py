@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sret_jax.errors import UserError
-from sret_jax.weights.torch_file import load_torch_weights
+from sret_jax.weights.torch_weights import load_torch_weights
 from tests.golden import golden
 from tests.weights.forge import WEIGHTS, archive, pickled
 
