@@ -1,36 +1,28 @@
 """From the bytes of an image file to crops of the image, decoding no more of it than they need."""
 
-import io
 import math
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-Encoded = bytes | np.ndarray
-Box = tuple[int, int, int, int]
-
-# In RGB 270 MB; about where Pillow begins to warn of decompression bombs.
-_MAX_PIXELS = 90_000_000
-
-# libjpeg reduces images to 1/2, 1/4 and 1/8 as it decodes them, in no more time.
-_MAX_REDUCTION = 8
+from sret_jax.data.image_file import MAX_REDUCTION, WHITE, Box, Colour, Encoded, OpenedImage, Pixels, open_image
 
 # Evaluation cuts the ends off images that are longer than this times their other side.
 _MAX_ASPECT = 20
+
+# Larger boxes are resized by Pillow, in strips.
+_PIXELS_TO_COPY = 1 << 22
 
 # a = -0.5, as Pillow's bicubic filter; PyTorch's has a = -0.75.
 _BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)
 _WHOLE = ResizeOptions(_BICUBIC)
 
 
-def decode_small(encoded: bytes, most_bytes: int) -> np.ndarray | None:
-    """All pixels of an image file, as the following functions take them; None if they are more bytes, or a JPEG that
-    libjpeg decodes to RGB.
+def decode_small(encoded: bytes, most_bytes: int, background: Colour = WHITE) -> np.ndarray | None:
+    """All pixels of an image file, as the following functions take them; None if they are more bytes, or a JPEG.
 
     Returns:
       uint8 (height, width, 3), RGB, read-only.
@@ -38,10 +30,10 @@ def decode_small(encoded: bytes, most_bytes: int) -> np.ndarray | None:
     Raises:
       Exception: the image is broken; which one depends on its format and the damage.
     """
-    image = _open(encoded)
-    if isinstance(image.content, bytes) or 3 * image.width * image.height > most_bytes:
+    image = open_image(encoded)
+    if image.jpeg is not None or 3 * image.width * image.height > most_bytes:
         return None
-    pixels = np.array(_decode(image, 1, image.height))
+    pixels = np.array(image.decode(1, image.height, background).array((0, 0, image.width, image.height)))
     pixels.setflags(write=False)
     return pixels
 
@@ -52,6 +44,7 @@ def random_crops(
     rngs: Sequence[np.random.Generator],
     area: tuple[float, float] = (0.08, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    background: Colour = WHITE,
 ) -> list[np.ndarray]:
     """Crops of one image by `random_crop_box`, resized bicubically with antialiasing.
 
@@ -60,11 +53,12 @@ def random_crops(
     Pillow's by 0.14 grey levels on average, those that were decoded at a reduced size by 0.6.
 
     Args:
-      encoded: an image file in any format that Pillow reads, or pixels, uint8 (height, width, 1 or 3).
+      encoded: an image file as `open_image` takes it, or pixels, uint8 (height, width, 1 or 3).
       image_size: height and width of the crops, pixels.
       rngs: a source of randomness for each crop.
       area: smallest and largest area of a crop as a part of the image's.
       aspect: smallest and largest width / height of a crop.
+      background: RGB, 0 to 255, of what is transparent.
 
     Returns:
       uint8 (image_size, image_size, 3), RGB, for each of `rngs`.
@@ -72,13 +66,16 @@ def random_crops(
     Raises:
       Exception: the image is broken; which one depends on its format and the damage.
     """
-    image = _open(encoded)
+    image = open_image(encoded)
     boxes = [random_crop_box(image.width, image.height, rng, area, aspect) for rng in rngs]
     # For each crop by itself: what one shows must not depend on which others are made with it.
     reductions = [_reduction(image, box, 1.5 * image_size) for box in boxes]
-    lowest = {n: max(bottom for (*_, bottom), m in zip(boxes, reductions, strict=True) if m == n) for n in reductions}
-    decoded = {n: _decode(image, n, rows) for n, rows in lowest.items()}
-    return [_resized(decoded[n], box, n, image_size) for box, n in zip(boxes, reductions, strict=True)]
+    crops: dict[int, np.ndarray] = {}
+    for reduction in set(reductions):
+        those = [number for number, other in enumerate(reductions) if other == reduction]
+        pixels = image.decode(reduction, max(boxes[number][3] for number in those), background)
+        crops |= {number: _resized(pixels, boxes[number], reduction, image_size) for number in those}
+    return [crops[number] for number in range(len(boxes))]
 
 
 def random_boxes(
@@ -103,7 +100,7 @@ def random_boxes(
     Raises:
       Exception: the image is broken; which one depends on its format and the damage.
     """
-    image = _open(encoded)
+    image = open_image(encoded)
     sides = np.array([image.height, image.width] * 2)
     drawn = np.array([random_crop_box(image.width, image.height, rng, area, aspect) for _ in range(count)])
     left, top, right, bottom = drawn.T
@@ -117,23 +114,26 @@ def stored_crops(
     flips: np.ndarray,
     *,
     bicubic: bool = False,
+    background: Colour = WHITE,
 ) -> list[np.ndarray]:
     """Crops of one image at given boxes, resized with antialiasing, some of them mirrored.
 
     They are, bit for bit, what torchvision's `resized_crop` and `hflip` make of a Pillow image: the ends of a box are
     rounded to whole pixels, and what then lies beyond the image is black. Two things differ. A box that rounding leaves
     without a pixel, in a tiny image, becomes the pixel in which it begins; Pillow would show nothing but black. A JPEG
-    of more than 90 million pixels is decoded at a part of its size, and its boxes are rounded to those pixels.
+    that would take more than 250 MB (of 83 million pixels, fewer in a progressive one) is decoded at a part of its
+    size, and its boxes are rounded to those pixels.
 
     The image is decoded once for all crops, a JPEG only down to the lowest row that they need.
 
     Args:
-      encoded: an image file in any format that Pillow reads, or pixels, uint8 (height, width, 1 or 3).
+      encoded: an image file as `open_image` takes it, or pixels, uint8 (height, width, 1 or 3).
       image_size: height and width of the crops, pixels.
       boxes: float (crops, 4): top, left, height and width, at least 0, as parts of the image's height, width, height
         and width.
       flips: bool (crops,), which crops to mirror left to right.
       bicubic: resize bicubically, as teachers see images, instead of bilinearly.
+      background: RGB, 0 to 255, of what is transparent.
 
     Returns:
       uint8 (image_size, image_size, 3), RGB, for each box.
@@ -141,30 +141,33 @@ def stored_crops(
     Raises:
       Exception: the image is broken; which one depends on its format and the damage.
     """
-    opened = _open(encoded)
+    opened = open_image(encoded)
     reduction = _reduction(opened, (0, 0, opened.width, opened.height), math.inf)
     width, height = -(-opened.width // reduction), -(-opened.height // reduction)
     whole = [_whole_pixels(width, height, box) for box in boxes.tolist()]
-    image = Image.fromarray(_decode(opened, reduction, reduction * max(bottom for *_, bottom in whole)))
+    pixels = opened.decode(reduction, reduction * max(bottom for *_, bottom in whole), background)
     # The resizer of `random_crops` takes half the time, but bilinearly it is two grey levels off in one value of 60
     # million, bicubically up to 12 at the edges in photographs.
     filter_type = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
-    crops = [image.crop(box).resize((image_size, image_size), filter_type) for box in whole]
+    crops = [pixels.resized(box, (image_size, image_size), filter_type) for box in whole]
     # By Pillow: to copy NumPy's mirrored view, as a batch does, takes eight times as long.
     flip = Image.Transpose.FLIP_LEFT_RIGHT
     return [np.asarray(crop.transpose(flip) if flipped else crop) for crop, flipped in zip(crops, flips, strict=True)]
 
 
-def central_crop(encoded: Encoded, image_size: int, crop_ratio: float = 0.875) -> np.ndarray:
+def central_crop(
+    encoded: Encoded, image_size: int, crop_ratio: float = 0.875, background: Colour = WHITE
+) -> np.ndarray:
     """What evaluation sees of an image: its shorter side becomes `image_size / crop_ratio`, the centre is kept.
 
-    This is Pillow's result, bit for bit, unless the image has more than 90 million pixels, when a JPEG is decoded at a
-    part of its size, or is more than 20 times as long as wide, when its ends are cut off first.
+    This is Pillow's result, bit for bit, unless a JPEG would take more than 250 MB (see `stored_crops`), when it is
+    decoded at a part of its size, or the image is more than 20 times as long as wide, when its ends are cut off first.
 
     Args:
-      encoded: an image file in any format that Pillow reads, or pixels, uint8 (height, width, 1 or 3).
+      encoded: an image file as `open_image` takes it, or pixels, uint8 (height, width, 1 or 3).
       image_size: height and width of the crop, pixels.
       crop_ratio: part of the shorter side that is kept, at most 1. The length is rounded down, as in DeiT.
+      background: RGB, 0 to 255, of what is transparent.
 
     Returns:
       uint8 (image_size, image_size, 3), RGB.
@@ -172,15 +175,15 @@ def central_crop(encoded: Encoded, image_size: int, crop_ratio: float = 0.875) -
     Raises:
       Exception: the image is broken; which one depends on its format and the damage.
     """
-    opened = _open(encoded)
+    opened = open_image(encoded)
     reduction = _reduction(opened, (0, 0, opened.width, opened.height), math.inf)
-    image = Image.fromarray(_decode(opened, reduction, opened.height))
-    longest = _MAX_ASPECT * min(image.size)
-    if longest < max(image.size):
-        image = image.crop(_central_box(*image.size, min(longest, image.width), min(longest, image.height)))
+    pixels = opened.decode(reduction, opened.height, background)
+    shorter = min(pixels.width, pixels.height)
+    sides = [min(side, _MAX_ASPECT * shorter) for side in (pixels.width, pixels.height)]
     shorter_side = int(image_size / crop_ratio)
-    width, height = (side * shorter_side // min(image.size) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    width, height = (side * shorter_side // shorter for side in sides)
+    box = _central_box(pixels.width, pixels.height, *sides)
+    resized = pixels.resized(box, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(resized.crop(_central_box(width, height, image_size, image_size)))
 
 
@@ -254,110 +257,30 @@ class _OfThread(threading.local):
 _of_this_thread = _OfThread()
 
 
-class _Opened(NamedTuple):
-    """An image of which only the header has been read."""
-
-    width: int
-    height: int
-    content: np.ndarray | Image.Image | bytes  # bytes: of a JPEG that libjpeg decodes straight to RGB
-    frame: int = 0  # where the frame header of such a JPEG begins
-
-
-def _open(encoded: Encoded) -> _Opened:
-    """The header of an image. EXIF's orientation is ignored, as in the loaders that the published results come from."""
-    if isinstance(encoded, np.ndarray):
-        height, width, _ = encoded.shape
-        return _Opened(width, height, encoded)
-    frame = _frame_header(encoded)
-    if frame is not None:
-        return _Opened(_uint16(encoded, frame + 7), _uint16(encoded, frame + 5), encoded, frame)
-    try:
-        image = Image.open(io.BytesIO(encoded))
-    except UnidentifiedImageError:
-        raise ValueError("neither JPEG nor PNG nor another format that Pillow reads") from None
-    return _Opened(image.width, image.height, image)
-
-
-def _frame_header(encoded: bytes) -> int | None:
-    """Where the frame header begins in a complete, Huffman-coded JPEG of 8 bits and 1 or 3 channels; None otherwise.
-
-    Everything else is for Pillow to decode, or to say what is wrong with it.
-    """
-    if not (encoded.startswith(b"\xff\xd8") and encoded.endswith(b"\xff\xd9")):
-        return None
-    position = 2
-    while encoded[position : position + 1] == b"\xff" and position + 10 <= len(encoded):
-        if 0xC0 <= encoded[position + 1] <= 0xC2:
-            known = encoded[position + 4] == 8 and encoded[position + 9] in (1, 3) and _uint16(encoded, position + 5)
-            return position if known else None
-        position += 2 + _uint16(encoded, position + 2)
-    return None
-
-
-def _uint16(encoded: bytes, position: int) -> int:
-    return int.from_bytes(encoded[position : position + 2], "big")
-
-
-def _reduction(image: _Opened, box: Box, least: float) -> int:
+def _reduction(image: OpenedImage, box: Box, least: float) -> int:
     """How many times smaller to decode an image of which a box is to have `least` pixels each way.
 
-    Only JPEGs are reduced; they are further where they would not fit into memory.
+    Only JPEGs are reduced; they are further where they would take too much memory.
     """
-    if not isinstance(image.content, bytes):
+    if image.jpeg is None:
         return 1
     left, top, right, bottom = box
     reduction = 1
-    while reduction < _MAX_REDUCTION and (
-        min(right - left, bottom - top) >= 2 * reduction * least
-        or image.width * image.height > reduction**2 * _MAX_PIXELS
+    while reduction < MAX_REDUCTION and (
+        min(right - left, bottom - top) >= 2 * reduction * least or not image.fits(reduction)
     ):
         reduction *= 2
     return reduction
 
 
-def _decode(image: _Opened, reduction: int, rows: int) -> np.ndarray:
-    """The upper `rows` of an image, or more, at 1 / `reduction` of its size: uint8 RGB."""
-    if isinstance(image.content, bytes):
-        return _decode_jpeg(image.content, image, reduction, rows)
-    _check_pixels(image)
-    if isinstance(image.content, np.ndarray):
-        return np.broadcast_to(image.content, (image.height, image.width, 3))
-    return np.asarray(_to_rgb(image.content))
-
-
-def _decode_jpeg(encoded: bytes, image: _Opened, reduction: int, rows: int) -> np.ndarray:
-    if encoded[image.frame + 1] == 0xC2:
-        _check_pixels(image)  # progressive: libjpeg holds all of it, whatever the reduction
-        rows = image.height
-    else:
-        # The rows come one after the other. Told that there are fewer, libjpeg stops there. It smooths colours over
-        # neighbouring rows: the last one is not what it would have been.
-        rows = min(rows + 1, image.height)
-        encoded = b"".join([encoded[: image.frame + 5], rows.to_bytes(2, "big"), encoded[image.frame + 7 :]])
-    # Not strict: like Pillow, it puts up with bytes between the segments and with damaged ones.
-    return simplejpeg.decode_jpeg(
-        encoded, min_width=-(-image.width // reduction), min_height=-(-rows // reduction), strict=False
-    )
-
-
-def _check_pixels(image: _Opened) -> None:
-    if image.width * image.height > _MAX_PIXELS:
-        raise ValueError(f"{image.width} × {image.height} pixels, more than the {_MAX_PIXELS:,} that are decoded")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("its pixels are floating point numbers, of which none is known to be white")
-    if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would not scale but cut off at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _resized(pixels: np.ndarray, box: Box, reduction: int, image_size: int) -> np.ndarray:
+def _resized(pixels: Pixels, box: Box, reduction: int, image_size: int) -> np.ndarray:
     """A box, in pixels of the unreduced image, resized. Cut out first: the filter reads nothing beside it."""
     left, top, right, bottom = (side / reduction for side in box)
+    if (right - left) * (bottom - top) > _PIXELS_TO_COPY:
+        size = (image_size, image_size)
+        return np.asarray(pixels.resized((left, top, right, bottom), size, Image.Resampling.BICUBIC))
     first_column, first_row = math.floor(left), math.floor(top)
-    cut = pixels[first_row : math.ceil(bottom), first_column : math.ceil(right)]
+    cut = pixels.array((first_column, first_row, math.ceil(right), math.ceil(bottom)))
     source = ImageData(cut.shape[1], cut.shape[0], PixelType.U8x3, cut.tobytes())
     resized = ImageData(image_size, image_size, PixelType.U8x3)
     if reduction == 1:

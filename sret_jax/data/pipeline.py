@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from sret_jax.data.decode import central_crop, random_crops, stored_crops
+from sret_jax.data.image_file import Colour
 from sret_jax.data.passes import ONE_CROP, Passes
 from sret_jax.data.rand_augment import RandAugment
 from sret_jax.data.read_ahead import Example, read_ahead
@@ -115,12 +116,16 @@ def train_batches(
     if soft_labels is None:
         show = _RandomCrops(
             seed=seed,
-            crop=functools.partial(random_crops, image_size=image_size, area=crop_area, aspect=crop_aspect),
+            crop=functools.partial(
+                random_crops, image_size=image_size, area=crop_area, aspect=crop_aspect, background=source.background
+            ),
             augment=RandAugment.parse(rand_augment) if rand_augment else None,
         )
         blank_target: Mapping[str, Any] = {"label": np.int32(0)}
     else:
-        show = _StoredCrops(seed=seed, image_size=image_size, soft_labels=soft_labels, bicubic=bicubic)
+        show = _StoredCrops(
+            seed=seed, image_size=image_size, soft_labels=soft_labels, bicubic=bicubic, background=source.background
+        )
         k = soft_labels.label_type.size(soft_labels.num_classes)
         blank_target = {"classes": np.zeros(k, np.int32), "probabilities": np.zeros(k, np.float16)}
     load = functools.partial(
@@ -184,7 +189,9 @@ def eval_batches(
     load = functools.partial(
         _eval_examples,
         source=source,
-        crop=functools.partial(central_crop, image_size=image_size, crop_ratio=crop_ratio),
+        crop=functools.partial(
+            central_crop, image_size=image_size, crop_ratio=crop_ratio, background=source.background
+        ),
         blank=blank,
     )
     num_batches = math.ceil(len(source.examples) / batch_size)
@@ -243,6 +250,7 @@ class _StoredCrops(NamedTuple):
     image_size: int
     soft_labels: SoftLabelSet
     bicubic: bool
+    background: Colour
 
     def __call__(self, example: Mapping[str, Any], group: _Group) -> list[_Shown]:
         labels = self.soft_labels.read(example["key"])
@@ -252,7 +260,14 @@ class _StoredCrops(NamedTuple):
         rng = np.random.default_rng((self.seed, group.place, _OF_IMAGES))
         chosen = rng.choice(len(labels.boxes), group.crops_in_pass, replace=False)[group.crops]
         boxes = labels.boxes[chosen].astype(np.float16)
-        crops = stored_crops(example["image"], self.image_size, boxes, labels.flips[chosen], bicubic=self.bicubic)
+        crops = stored_crops(
+            example["image"],
+            self.image_size,
+            boxes,
+            labels.flips[chosen],
+            bicubic=self.bicubic,
+            background=self.background,
+        )
         classes = labels.classes[chosen].astype(np.int32)
         probabilities = labels.probabilities[chosen].astype(np.float16)
         return [

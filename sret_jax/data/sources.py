@@ -23,6 +23,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from sret_jax.data.decode import decode_small
 from sret_jax.data.digits import write_digits_once
 from sret_jax.data.folder import list_folder
+from sret_jax.data.image_file import WHITE, Colour
 from sret_jax.data.keys import label_key
 from sret_jax.data.prepared import find_prepared, read_prepared
 from sret_jax.data.reading import UnreadableError, read_patiently
@@ -68,6 +69,7 @@ class Source:
       name: dataset and split, as messages show it.
       class_names: in the order of the labels. Where a dataset has none, `open_source` gives their numbers.
       files: a hash of the names of its files, without folders above the dataset's own, and of what is read of them.
+      background: RGB, 0 to 255, that images show where they are transparent.
     """
 
     examples: Examples
@@ -75,6 +77,7 @@ class Source:
     name: str
     class_names: tuple[str, ...] = ()
     files: str = ""
+    background: Colour = WHITE
 
     def digest(self) -> str:
         """64 letters that tell apart splits of other lengths, classes or files."""
@@ -135,14 +138,15 @@ def keeping_decoded(source: Source) -> Source:
     decoded no further than a crop needs, at a part of their size. Nor are broken images, of which whoever asks for one
     is to know.
     """
-    return dataclasses.replace(source, examples=_KeptExamples(source.examples))
+    return dataclasses.replace(source, examples=_KeptExamples(source.examples, source.background))
 
 
 class _KeptExamples:
     """See `keeping_decoded`."""
 
-    def __init__(self, examples: Examples) -> None:
+    def __init__(self, examples: Examples, background: Colour) -> None:
         self._examples = examples
+        self._background = background
         self._kept: dict[int, Mapping[str, Any]] = {}
         self._bytes_left = _MOST_KEPT_BYTES
 
@@ -162,7 +166,7 @@ class _KeptExamples:
         if isinstance(example["image"], np.ndarray):
             return example
         try:
-            pixels = decode_small(example["image"], min(_LARGEST_KEPT_BYTES, self._bytes_left))
+            pixels = decode_small(example["image"], min(_LARGEST_KEPT_BYTES, self._bytes_left), self._background)
         except Exception:  # which one depends on the damage
             return example
         if pixels is None:

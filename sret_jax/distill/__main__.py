@@ -1,6 +1,7 @@
 """Makes soft labels (FKD): `python -m sret_jax.distill --teacher=WEIGHTS --data=IMAGES --out=LABELS`."""
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sret_jax.console import silence_libraries
+from sret_jax.data.image_file import WHITE
 from sret_jax.data.pack import with_progress
 from sret_jax.data.sources import Source, open_source
 from sret_jax.distill.generate import generate
@@ -60,8 +62,10 @@ def _generate(args: argparse.Namespace, advance: Callable[[int, int], object]) -
 def _open(args: argparse.Namespace, split: str) -> Source:
     """A split of `--data`, which is a folder of images or the name of a dataset."""
     if os.path.isdir(os.path.join(expand(args.data), "train")):
-        return open_source("folder", split, args.data)
-    return open_source(args.data, split, args.data_path)
+        source = open_source("folder", split, args.data)
+    else:
+        source = open_source(args.data, split, args.data_path)
+    return dataclasses.replace(source, background=tuple(args.background))
 
 
 def _parse_args() -> argparse.Namespace:
@@ -109,6 +113,14 @@ def _parse_args() -> argparse.Namespace:
     data.add_argument("--split", default="train", help="to label")
     data.add_argument("--eval-split", default="validation", help="to evaluate the teacher on before")
     data.add_argument("--eval-crop-ratio", type=float, default=0.875, help="part of the shorter side that is kept then")
+    data.add_argument(
+        "--background",
+        type=int,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        default=WHITE,
+        help="of transparent images, 0 to 255",
+    )
     data.add_argument("--max-broken", type=int, default=100, help="images that may be unreadable")
     how = parser.add_argument_group("how to compute")
     how.add_argument("--batch-size", type=int, default=256, help="crops in a batch, on each device")
@@ -121,6 +133,8 @@ def _parse_args() -> argparse.Namespace:
     args.mean, args.std, args.crop_area, args.crop_aspect = map(
         tuple, (args.mean, args.std, args.crop_area, args.crop_aspect)
     )
+    if not all(0 <= value <= 255 for value in args.background):
+        parser.error(f"--background is {args.background}, expected three numbers of 0 to 255")
     return args
 
 

@@ -92,7 +92,16 @@ class Cropper(NamedTuple):
             example = self.source.examples[index]
             key = example["key"]
             boxes, flips = self._boxes_and_flips(key, example["image"])
-            crops = np.stack(stored_crops(example["image"], self.image_size, boxes, flips, bicubic=True))
+            crops = np.stack(
+                stored_crops(
+                    example["image"],
+                    self.image_size,
+                    boxes,
+                    flips,
+                    bicubic=True,
+                    background=self.source.background,
+                )
+            )
         except UserError as error:
             refused = str(error)
         except UnreadableError as error:

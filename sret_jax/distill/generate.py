@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sret_jax.data.image_file import WHITE
 from sret_jax.data.packed_labels import PackedLabels, open_soft_labels, write_packed
 from sret_jax.data.pipeline import eval_batches
 from sret_jax.data.shards import locked
@@ -135,6 +136,8 @@ def generate(
         "images": source.digest(),
         "layout": "authors" if authors_layout else "packed",
     }
+    if source.background != WHITE:  # labels of which nothing is noted have a white one
+        made_of["background"] = source.background
     origin = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     units = plan_units(home, len(source.examples), recipe.num_crops)
     devices = jax.local_devices()
@@ -298,6 +301,7 @@ def _evaluate(
     """Says how accurate the teacher is; not computed again when the same command goes on, for that takes its time."""
     note = home / "teacher.json"
     how = {"images": source.digest(), "crop_ratio": crop_ratio, "size": label.image_size}
+    how["background"] = list(source.background)
     try:
         known = read_json(note) if note.exists() else {}
     except DamagedError:

@@ -1,6 +1,7 @@
 """What a config describes: data, network, optimizer, the train step and the state that it starts from."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -50,7 +51,7 @@ def open_split(config: ConfigDict, split: str) -> Source:
             "right. Expected two classes or more; in a folder of images these are the sub-folders of train, so that "
             "they must not lie deeper"
         )
-    return keeping_decoded(source)
+    return keeping_decoded(dataclasses.replace(source, background=data.background))
 
 
 def open_labels(config: ConfigDict, source: Source) -> SoftLabelSet | None:

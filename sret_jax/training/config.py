@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from sret_jax.data.augment import MEAN, STD
+from sret_jax.data.image_file import WHITE
 from sret_jax.data.soft_labels import LabelType
 from sret_jax.errors import UserError, brief
 
@@ -159,6 +160,7 @@ def base_config() -> ConfigDict:
     config.data.crop_area = (1.0, 1.0)  # random resized crop: range of its part of the image's area
     config.data.crop_aspect = (1.0, 1.0)  # and of its width / height
     config.data.eval_crop_ratio = 1.0  # part of the shorter side that evaluation's central crop keeps
+    config.data.background = WHITE  # RGB, 0 to 255, that images show where they are transparent
     config.data.rand_augment = ""  # timm's policy string, such as "rand-m9-mstd0.5-inc1"; empty is off
     config.data.repeats = 1  # repeated augmentation: how often an image appears in an epoch of unchanged length
     config.data.workers = 0  # processes that read and decode, on each host; 0 is this process
@@ -272,6 +274,11 @@ def _unmet(key: str, value: Any, default: Any) -> list[str]:
     if isinstance(default, float):
         low, high, words = _RANGES.get(key, (0.0, _LARGEST, "a number of at least 0, at most 1e30"))
         return [] if _is_number(value) and low <= value <= high else [words]
+    if key == "data.background":
+        is_colour = (
+            isinstance(value, tuple) and len(value) == 3 and all(type(x) is int and 0 <= x <= 255 for x in value)
+        )
+        return [] if is_colour else ["three whole numbers of 0 to 255, for red, green and blue"]
     if isinstance(default, tuple) and len(default) == 3:
         least = 1e-30 if key == "distill.std" else -_LARGEST
         fits = _are_numbers(value, 3) and all(least <= x <= _LARGEST for x in value)

@@ -170,7 +170,8 @@ def broken_source(name: str) -> Source:
 
 REASONS = [
     "image 2 of {0} is left out: it does not decode: image file is truncated",
-    "image 3 of {0} is left out: it does not decode: neither JPEG nor PNG nor another format that Pillow reads",
+    "image 3 of {0} is left out: it does not decode: it is no JPEG, PNG, WebP, BMP, TIFF, PPM or PGM, or one of an "
+    "unusual kind",
     "image 4 of {0} is left out: it is empty",
     "image 5 of {0} is left out: its label 8 is none of the classes 0 to 7",
 ]

@@ -21,6 +21,7 @@ from sklearn.model_selection import train_test_split
 
 from sret_jax.data import digits, sources
 from sret_jax.data.decode import decode_small
+from sret_jax.data.image_file import Colour
 from sret_jax.data.reading import UnreadableError
 from sret_jax.data.sources import Source, open_source
 from sret_jax.errors import UserError
@@ -396,8 +397,8 @@ def test_no_more_is_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sources, "_MOST_KEPT_BYTES", 2 * 8 * 8 * 3)
     decoded: list[bool] = []
 
-    def decode(encoded: bytes, most_bytes: int) -> np.ndarray | None:
-        pixels = decode_small(encoded, most_bytes)
+    def decode(encoded: bytes, most_bytes: int, background: Colour) -> np.ndarray | None:
+        pixels = decode_small(encoded, most_bytes, background)
         decoded.append(pixels is not None)
         return pixels
 

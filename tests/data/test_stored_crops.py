@@ -8,7 +8,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from sret_jax.data import decode
+from sret_jax.data import image_file
 from sret_jax.data.decode import Encoded, stored_crops
 from tests.data.photographs import scikit_learn_photographs
 
@@ -174,7 +174,7 @@ def test_a_jpeg_is_decoded_once_and_down_to_the_lowest_row_that_is_needed(
 def test_a_jpeg_too_large_for_the_memory_is_decoded_at_a_part_of_its_size(
     photo: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "_MAX_PIXELS", 100_000)
+    monkeypatch.setattr(image_file, "_MOST_BYTES", 300_000)
     encoded = encode(photo, quality=92)
     half = Image.open(io.BytesIO(encoded))
     half.draft("RGB", (250, 187))

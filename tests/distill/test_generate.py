@@ -275,7 +275,8 @@ def test_images_that_are_broken_get_no_crops_and_are_told_of(source: Source, tmp
     assert found.crops == CROPS
     assert_labelled(source, keys[5], found.read(keys[5]))
     assert lines[1:3] == [
-        f"{keys[number]} gets no crops: it does not decode: neither JPEG nor PNG nor another format that Pillow reads"
+        f"{keys[number]} gets no crops: it does not decode: it is no JPEG, PNG, WebP, BMP, TIFF, PPM or PGM, or one of "
+        "an unusual kind"
         for number in (4, 7)
     ]
     with pytest.raises(UserError, match=rf"more than 1 images of .* are broken, {keys[7]} last.*raise --max-broken"):

@@ -106,6 +106,8 @@ def test_missing_keys_are_refused():
         ("data.crop_area", (0.5, 0.1)),
         ("data.eval_crop_ratio", 1.1),
         ("data.crop_area", (0.5,)),
+        ("data.background", (0, 0, 256)),
+        ("data.background", (0.5, 0.5, 0.5)),
         ("data.crop_area", (0.5, 2.0)),
         ("data.crop_aspect", ("a", "b")),
         ("checkpoint.keep", 0),
@@ -120,6 +122,15 @@ def test_values_out_of_range_are_refused_by_name(key, value):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
         check_config(config)
+
+
+def test_a_runs_splits_have_its_background_which_is_a_part_of_its_identity():
+    config = base_config()
+    config.data.source = "synthetic"
+    white = identity(config)
+    config.data.background = (1, 2, 3)
+    assert open_split(config, "train").background == (1, 2, 3)
+    assert identity(config) == white | {"config.data.background": [1, 2, 3]} != white
 
 
 EXTREMES = [
