@@ -3,9 +3,13 @@
 import contextlib
 import functools
 import multiprocessing
+import os
 import signal
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -139,26 +143,40 @@ def _compiling(what: str) -> Iterator[None]:
 def _in_a_process(function: Callable[..., Facts], *arguments: Any) -> Facts:
     """What a function returns or raises, computed in another process: compilers for TPUs have crashed.
 
+    What the compiler itself writes to standard error comes at the end. After a crash, it stays in a file.
+
     Raises:
       UserError: the process crashed.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, *arguments), daemon=True)
+    handle, log = tempfile.mkstemp(prefix="sret_jax_plan_", suffix=".log")
+    os.close(handle)
+    process = context.Process(target=_answer, args=(sender, log, function, *arguments), daemon=True)
     process.start()
     sender.close()
     try:
         error, facts = receiver.recv()  # before the process is waited for, which may wait to be read
     except EOFError:
         process.join()
-        raise UserError(_crashed(process.exitcode or 0)) from None
+        raise UserError(_crashed(process.exitcode or 0, log)) from None
+    except BaseException:
+        process.kill()  # the compiler prints its stack when it is asked to end
+        os.unlink(log)
+        raise
+    process.join()
+    sys.stderr.write(Path(log).read_text(encoding="utf-8", errors="replace"))
+    os.unlink(log)
     if error is not None:
         raise error
     return facts
 
 
-def _answer(sender: Connection, function: Callable[..., Facts], *arguments: Any) -> None:
+def _answer(sender: Connection, log: str, function: Callable[..., Facts], *arguments: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits ends this one
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)  # Python's; the compiler writes to the descriptor
+    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
+    answer: tuple[UserError | None, Facts]
     try:
         answer = None, function(*arguments)
     except UserError as error:
@@ -166,10 +184,11 @@ def _answer(sender: Connection, function: Callable[..., Facts], *arguments: Any)
     sender.send(answer)
 
 
-def _crashed(code: int) -> str:
+def _crashed(code: int, log: str) -> str:
     how = signal.Signals(-code).name if code < 0 else f"status {code}"
     versions = (f"{name} {version}" for name, version in compiler_versions().items())
     return (
         f"the compiler for TPUs crashed ({how}): this version of it ({', '.join(versions)}) cannot compile this step "
-        "for this topology. Expected a topology of another generation, or another version of libtpu"
+        "for this topology. Expected a topology of another generation, or another version of libtpu. What the compiler "
+        f"wrote is in {log}"
     )

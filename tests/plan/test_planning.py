@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 from PIL import Image
@@ -50,12 +51,31 @@ def test_a_batch_larger_than_the_training_images_is_refused(config):
 
 
 def _crash():
+    os.write(2, b"*** stack trace ***\n")
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def test_a_compiler_that_crashes_is_told_in_a_line():
-    with pytest.raises(UserError, match=r"the compiler for TPUs crashed \(SIGSEGV\).* \(jax [0-9.]+, jaxlib [0-9.]+"):
+def test_a_compiler_that_crashes_is_told_in_a_line(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(UserError, match=r"the compiler for TPUs crashed \(SIGSEGV\).* \(jax [0-9.]+, jaxlib") as crash:
         planning._in_a_process(_crash)
+    (log,) = tmp_path.glob("*.log")
+    assert log.read_text() == "*** stack trace ***\n" and str(log) in str(crash.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def _refuse(reason):
+    print("compiling", file=sys.stderr)
+    os.write(2, b"a warning of the compiler\n")
+    raise UserError(reason)
+
+
+def test_a_mistake_that_another_process_finds_is_told_by_this_one(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(UserError, match="no such slice"):
+        planning._in_a_process(_refuse, "no such slice")
+    assert capfd.readouterr() == ("", "compiling\na warning of the compiler\n")
+    assert not list(tmp_path.glob("*.log"))
 
 
 def test_slices_are_planned_in_another_process_and_this_machine_in_this(monkeypatch, config):
