@@ -42,7 +42,7 @@ def test_what_is_no_name_of_a_slice_is_refused_with_ones_that_are_like_it(topolo
 
 
 @pytest.mark.by_hand
-@pytest.mark.parametrize("topology", ["v5e:3x3", "v9:2x2", "v5e:2x2x2", "v6e:16x32", "h100:8x1"])
+@pytest.mark.parametrize("topology", ["v5e:3x3", "v9:2x2", "h100:8x1"])
 def test_a_slice_that_does_not_exist_is_refused_with_ones_that_do(topology):
     with pytest.raises(UserError, match=rf"there is no topology '{topology}': .*Expected one such as v"):
         find_target(topology)

@@ -64,6 +64,13 @@ def test_a_compiler_that_crashes_is_told_in_a_line(capfd, tmp_path, monkeypatch)
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.by_hand
+def test_a_slice_that_ends_libtpu_itself_is_told_in_a_line(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(UserError, match=r"the compiler for TPUs crashed \(SIGABRT\)"):
+        planning.plan(config, "v5e:16x32", Data(6, 3, ""), False)
+
+
 def _refuse(reason):
     print("compiling", file=sys.stderr)
     os.write(2, b"a warning of the compiler\n")
