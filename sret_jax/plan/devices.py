@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,9 +142,11 @@ def _slice_devices(topology: str) -> Sequence[jax.Device]:
     os.environ.update({key: value for key, value in _NO_TPU_HERE.items() if key not in os.environ})
     jax.config.update("jax_platforms", "cpu")
     one_chip = re.fullmatch(r".*:1(x1)*", topology)
-    hosts = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}  # libtpu's default is hosts of four
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}  # else hosts of four
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # a chip is one device, as on the real machine
     try:
-        return topologies.get_topology_desc(topology, "tpu", **hosts).devices
+        return topologies.get_topology_desc(topology, "tpu", **options).devices
     except RuntimeError as error:
         if "not installed" in str(error):
             raise UserError(f"{topology} needs libtpu, the compiler for TPUs: pip install '.[tpu]'") from error

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from sret_jax.data.workers import start_worker
 from sret_jax.errors import UserError
 from sret_jax.plan.devices import LOCAL, find_target
 from sret_jax.plan.program import Program, TooLargeError, compile_step, find_largest_batch, least_seconds
@@ -159,6 +160,9 @@ def _in_a_process(function: Callable[..., Facts], *arguments: Any) -> Facts:
         error, facts = receiver.recv()  # before the process is waited for, which may wait to be read
     except EOFError:
         process.join()
+        if process.exitcode == 1:  # an error of ours, which Python has printed
+            os.unlink(log)
+            sys.exit(1)
         raise UserError(_crashed(process.exitcode or 0, log)) from None
     except BaseException:
         process.kill()  # the compiler prints its stack when it is asked to end
@@ -173,7 +177,7 @@ def _in_a_process(function: Callable[..., Facts], *arguments: Any) -> Facts:
 
 
 def _answer(sender: Connection, log: str, function: Callable[..., Facts], *arguments: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits ends this one
+    start_worker(signal.SIGINT)
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)  # Python's; the compiler writes to the descriptor
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
     answer: tuple[UserError | None, Facts]

@@ -62,6 +62,7 @@ def test_every_slice_that_is_proposed_is_there(generation):
     [
         ("v5e:1x1", 1, 1, "TPU v5e"),
         ("v5e:16x16", 256, 1, "TPU v5e"),
+        ("v4:2x2x1", 4, 1, "TPU v4"),
         ("v5p:2x2x1", 4, 1, "TPU v5p"),
         ("tpu7x:2x2x1", 8, 2, "TPU7x"),
     ],
