@@ -32,8 +32,9 @@ from sret_jax.files import expand_local, naming, replace
 
 _VERSION = 1
 
-# Written last: a folder that has it is complete.
+# Written last: a folder that has it is complete. Under the last name it holds a hash of all the others.
 _DESCRIPTION = "soft_labels.json"
+_SELF = "sha256"
 _INDEX = "index.npy"
 
 # Lies in the folder: the hash of what it was made from.
@@ -377,6 +378,7 @@ def _write_index(
         "index_sha256": hashlib.sha256(index.getvalue()).hexdigest(),
         "notes": dict(sorted(notes.items())),
     }
+    description[_SELF] = _description_hash(description)
     replace(folder / _DESCRIPTION, json.dumps(description, indent=1) + "\n")
 
 
@@ -398,22 +400,42 @@ def _read_description(folder: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8", errors="replace")
     try:
         description = json.loads(text)
-        if description["version"] != _VERSION:
-            raise UserError(
-                f"{path} is of version {description['version']}, expected {_VERSION}: read it with the version of this "
-                "library that wrote it, or pack the labels again"
-            )
-        types: dict[str, type] = dict.fromkeys(("label_type", "index_sha256"), str)
-        types |= dict.fromkeys(("num_classes", "images", "crops"), int)
-        types |= {"shards": list, "notes": dict}
-        whole = all(isinstance(description[name], kind) for name, kind in types.items()) and all(
-            isinstance(shard[name], int) for shard in description["shards"] for name in ("images", "bytes")
+        version = description["version"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise UserError(f"{path} is not what was written. {_AGAIN}") from None
+    if version != _VERSION:
+        raise UserError(
+            f"{path} is of version {str(version)[:100]}, expected {_VERSION}: read it with the version of this library "
+            "that wrote it, or pack the labels again"
         )
-    except (KeyError, TypeError, json.JSONDecodeError):
-        whole = False
-    if not whole:
+    if not _is_description(description):
         raise UserError(f"{path} is not what was written. {_AGAIN}")
     return description
+
+
+def _is_description(found: dict[str, Any]) -> bool:
+    types: dict[str, type] = dict.fromkeys(("label_type", "index_sha256"), str)
+    types |= dict.fromkeys(("version", "num_classes", "images", "crops"), int)
+    types |= {"shards": list, "notes": dict}
+    # Before there was a hash, nothing else was there either.
+    if found.keys() - {_SELF} != types.keys() or found.get(_SELF) not in (None, _description_hash(found)):
+        return False
+    try:
+        LabelType.parse(found["label_type"])
+        counts = [shard[name] for name in ("images", "bytes") for shard in found["shards"]]
+    except (KeyError, TypeError, UserError):
+        return False
+    return (
+        all(type(found[name]) is kind for name, kind in types.items())
+        and all(type(count) is int and count > 0 for count in counts)
+        and found["images"] == sum(counts[: len(counts) // 2]) < 2**62
+        and all(isinstance(note, str | int | float) for note in found["notes"].values())
+    )
+
+
+def _description_hash(description: Mapping[str, Any]) -> str:
+    others = {name: value for name, value in description.items() if name != _SELF}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _read_index(path: Path, sha256: str, images: int) -> np.ndarray:

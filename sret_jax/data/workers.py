@@ -11,6 +11,10 @@ from sret_jax.errors import UserError
 
 _Batch = TypeVar("_Batch")
 
+# On a host: of threads in a process, each of which has a dozen images in hand, and of processes.
+MOST_THREADS = 256
+MOST_WORKERS = 1024
+
 # Exit status of a worker that was about to do the program's work again.
 _UNGUARDED = 64
 

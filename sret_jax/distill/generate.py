@@ -30,7 +30,7 @@ from sret_jax.data.soft_labels import (
     write_label_file,
 )
 from sret_jax.data.sources import Source
-from sret_jax.data.workers import end_if_imported_by_worker
+from sret_jax.data.workers import MOST_THREADS, MOST_WORKERS, end_if_imported_by_worker
 from sret_jax.distill.crops import Cropped, Cropper
 from sret_jax.distill.labeller import Labeller
 from sret_jax.distill.recipe import Recipe, check_recipe
@@ -108,10 +108,12 @@ def generate(
     end_if_imported_by_worker()
     check_recipe(recipe)
     target = Path(os.path.abspath(expand_local(out)))
-    if batch_size < 1 or num_threads < 1 or num_workers < 0 or not 0 < eval_crop_ratio <= 1:
+    are_counts = 1 <= num_threads <= MOST_THREADS and 0 <= num_workers <= MOST_WORKERS
+    if batch_size < 1 or not are_counts or not 0 < eval_crop_ratio <= 1:
         raise UserError(
             f"--batch-size is {batch_size}, --threads {num_threads}, --workers {num_workers}, --eval-crop-ratio "
-            f"{eval_crop_ratio}. Expected at least 1, 1 and 0, and a number above 0, at most 1"
+            f"{eval_crop_ratio}. Expected at least 1, from 1 to {MOST_THREADS}, from 0 to {MOST_WORKERS}, and a number "
+            "above 0, at most 1"
         )
     label_type = LabelType.parse(recipe.label_type)
     label_type.size(source.num_classes)

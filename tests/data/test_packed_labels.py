@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -152,6 +153,8 @@ def test_the_folder_says_what_is_in_it(packed: Path) -> None:
     index = (packed / "index.npy").read_bytes()
     names = [f"soft_labels.array_record-{number:05d}-of-00003" for number in range(3)]
     assert sorted(_content(packed)) == sorted([*names, "index.npy", "packed_from.sha256", "soft_labels.json"])
+    sha256 = description.pop("sha256")
+    assert sha256 == hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
     assert description == {
         "version": 1,
         "label_type": "marginal_smoothing_k5",
@@ -427,6 +430,15 @@ def test_a_damaged_file_is_written_again_when_packing_goes_on(
             lambda content: content.replace(b'"version": 1', b'"version": 2'),
             "is of version 2, expected 1",
         ),
+        (
+            "soft_labels.json",
+            lambda content: content.replace(b'"temperature": 1.5', b'"temperature": 2.5'),
+            "is not wh",
+        ),
+        ("soft_labels.json", lambda content: content.replace(b'"crops": 3', b'"crops": 7'), "is not what was written"),
+        ("soft_labels.json", lambda content: content.replace(b'"sha256"', b'"sha255"'), "is not what was written"),
+        ("soft_labels.json", lambda content: b"[" * 200_000, "is not what was written"),
+        ("soft_labels.json", lambda content: b"\xff\xfe", "is not what was written"),
     ],
 )
 def test_a_folder_that_is_not_what_was_packed_is_refused(
@@ -440,6 +452,47 @@ def test_a_folder_that_is_not_what_was_packed_is_refused(
         assert path.read_bytes() != content
     with pytest.raises(UserError, match=f"{path} {message}.*pack"):
         open_soft_labels(str(copied), K5.name, CLASSES)
+
+
+def test_no_changed_byte_of_packed_labels_is_used_in_silence(
+    packed: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+    def contents() -> Any:
+        labels = PackedLabels(copied, K5, CLASSES)
+        keys = [key for key, _ in _dataset()]
+        read = [[part.tolist() for part in labels.read(key)] for key in keys]
+        return read, sorted(labels.keys()), labels.missing(keys), labels.crops, labels.notes, len(labels)
+
+    sound, noticed = contents(), 0
+    generator = random.Random(0)
+    for file in sorted(copied.iterdir()) * 30:
+        content = (packed / file.name).read_bytes()
+        place = generator.choice([place for place, byte in enumerate(content) if byte])  # most of a small file is zeros
+        changed = bytes([content[place] ^ generator.randrange(1, 256)])
+        file.write_bytes(content[:place] + changed + content[place + 1 :])
+        try:
+            assert contents() == sound, (file.name, place, changed)
+        except UserError as error:
+            assert str(copied) in str(error) and "\n" not in str(error)
+            noticed += 1
+        file.write_bytes(content)
+    assert noticed > 100
+
+
+def test_descriptions_without_a_hash_are_read_but_not_on_trust(copied: Path) -> None:
+    path = copied / "soft_labels.json"
+    description = json.loads(path.read_text())
+    del description["sha256"]
+    path.write_text(json.dumps(description))
+    assert len(PackedLabels(copied, K5, CLASSES)) == 11
+    hostile = [{"images": -1}, {"shards": [{"images": 10**30, "bytes": 1}]}, {"shards": [7]}, {"label_type": "soft"}]
+    hostile += [{"label_type": [1]}, {"shards": []}, {"notes": {"a": []}}, {"more": 1}, {"images": True}]
+    for change in hostile:
+        path.write_text(json.dumps(description | change))
+        with pytest.raises(UserError, match=f"{path} is not what was written"):
+            PackedLabels(copied, K5, CLASSES)
 
 
 def test_a_disk_that_comes_back_is_read_again(copied: Path, tmp_path: Path) -> None:

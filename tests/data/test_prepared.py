@@ -226,7 +226,7 @@ def test_no_changed_byte_of_a_packed_dataset_is_used_in_silence(
     generator, noticed = random.Random(0), 0
     for file in files * 30:
         content = file.read_bytes()
-        place = generator.randrange(len(content))
+        place = generator.choice([place for place, byte in enumerate(content) if byte])  # most of a small file is zeros
         changed = bytes([content[place] ^ generator.randrange(1, 256)])
         file.write_bytes(content[:place] + changed + content[place + 1 :])
         for split, expected in sound.items():
