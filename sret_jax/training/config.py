@@ -11,6 +11,7 @@ from ml_collections.config_dict import placeholder
 from sret_jax.data.augment import MEAN, STD
 from sret_jax.data.image_file import WHITE
 from sret_jax.data.soft_labels import LabelType
+from sret_jax.data.workers import MOST_THREADS, MOST_WORKERS
 from sret_jax.errors import UserError, brief
 
 # Keys that say where or how a run computes, not what comes out. The others cannot change when a run goes on.
@@ -65,7 +66,8 @@ _COUNTS = {
     "checkpoint.every_steps": (0, _MOST),
     "data.max_broken": (0, _MOST),
     "data.repeats": (1, 2**16),
-    "data.workers": (0, 1024),
+    "data.threads": (1, MOST_THREADS),
+    "data.workers": (0, MOST_WORKERS),
     "distill.image_size": (0, 2**14),
     "distill.num_crops": (1, 2**16),
     "distributed.process": (-1, 2**20),
@@ -164,7 +166,7 @@ def base_config() -> ConfigDict:
     config.data.rand_augment = ""  # timm's policy string, such as "rand-m9-mstd0.5-inc1"; empty is off
     config.data.repeats = 1  # repeated augmentation: how often an image appears in an epoch of unchanged length
     config.data.workers = 0  # processes that read and decode, on each host; 0 is this process
-    config.data.threads = 16  # in each of them
+    config.data.threads = 16  # in each of them, at most 256
     config.data.max_broken = 100  # different images on a host that may be unreadable, before the run is given up
 
     config.augment = ConfigDict()

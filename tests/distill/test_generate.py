@@ -373,7 +373,7 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"eval_crop_ratio": 2.0}, "2.0. Expected"),
         ({"num_workers": -1}, "-1"),
-        ({"num_threads": 100_000}, "--threads 100000, .*from 1 to 256"),
+        ({"num_threads": 100_000}, "--threads 100000"),
     ],
 )
 def test_settings_out_of_range_are_refused(

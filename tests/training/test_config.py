@@ -85,6 +85,8 @@ def test_missing_keys_are_refused():
         ("seed", 2**32),  # which JAX takes for 0
         ("seed", 2**64),
         ("batch_size", 2**31),
+        ("data.threads", 100_000),
+        ("data.threads", 257),
         ("data.workers", 100_000),
         ("log_every_steps", 10**10),
         ("checkpoint.keep", 10**20),
