@@ -106,7 +106,7 @@ def _plan(config: ConfigDict, topology: str, data: Data, find_largest: bool) -> 
         return None if isinstance(program, TooLargeError) else program.memory.total
 
     batch_size, program, largest = config.batch_size, compiled(config.batch_size), None
-    too_large = program if isinstance(program, TooLargeError) else None
+    too_large = str(program) if isinstance(program, TooLargeError) else None
     if find_largest and target.memory_bytes:
         largest = find_largest_batch(needed, target.memory_bytes, batch_size, len(target.devices) * config.accumulation)
         if too_large and largest[0]:
@@ -121,7 +121,7 @@ def _plan(config: ConfigDict, topology: str, data: Data, find_largest: bool) -> 
         max(data.images // batch_size, 1),
         largest,
         data=data._asdict(),
-        too_large=too_large and str(too_large),
+        too_large=too_large,
     )
 
 

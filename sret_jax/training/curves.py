@@ -5,7 +5,7 @@ import math
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +22,8 @@ _SMOOTHED_POINTS = 60  # from so many points on, single batches hide the course 
 
 _MARGINS = (70, 24)  # pixels left and right of the curves
 _AXES_BELOW, _AXES_HEIGHT = 65, 288  # pixels, from the picture's lower edge
-_TITLE = {"fontsize": 13, "fontweight": "bold", "color": _INK}
-_SUBTITLE = {"fontsize": 9, "color": _MUTED}
+_TITLE: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": _INK}
+_SUBTITLE: dict[str, Any] = {"fontsize": 9, "color": _MUTED}
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], title: str, subtitle: str = "", training_loss: str = "") -> bytes:
@@ -149,8 +149,8 @@ def _plot(
         axes.plot(epochs, values, color=color, clip_on=False, label=label, **style)
 
 
-def _legend(axes: "Axes", place: str) -> None:
-    """Names the curves, in a corner where there are none: "upper right" or "lower right"."""
+def _legend(axes: "Axes", place: Literal["upper right", "lower right"]) -> None:
+    """Names the curves, in a corner where there are none."""
     legend = axes.legend(loc=place, fontsize=8, frameon=False, labelcolor=_INK, handlelength=1.6, borderaxespad=0.2)
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -210,8 +210,8 @@ def _draw_accuracy(axes: "Axes", records: Sequence[Mapping[str, Any]]) -> None:
     points = [(epoch, value) for epoch, value in points if math.isfinite(value)]
     last_epoch, last = max(points)
     best_epoch, best = max(points, key=lambda point: (point[1], -point[0]))
-    for epoch, value, style in ((last_epoch, last, {}), (best_epoch, best, {"markersize": 9, "fillstyle": "none"})):
-        axes.plot([epoch], [value], color=_TEST, marker="o", clip_on=False, **style)
+    axes.plot([last_epoch], [last], color=_TEST, marker="o", clip_on=False)
+    axes.plot([best_epoch], [best], color=_TEST, marker="o", markersize=9, fillstyle="none", clip_on=False)
     summary = f"last {last:.2f} %, "
     summary += "the best" if best == last else f"best {best:.2f} % at epoch {best_epoch:.4g}"
     axes.set_title(summary, loc="right", fontsize=8, fontweight="bold", color=_TEST, pad=8)
