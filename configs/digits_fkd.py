@@ -1,7 +1,7 @@
 r"""The student of configs/digits_distill.py, from soft labels made in advance (FKD): no teacher while it learns.
 
     python train.py --config=configs/digits.py --workdir=runs/digits
-    python -m sret_jax.distill --teacher=runs/digits --data=digits --eval-split=test --eval-crop-ratio=1 \
+    python -m sret_jax.distill --teacher=runs/digits --data=digits --eval-split=test \
         --num-crops=32 --crop-area 0.7 1 --crop-aspect 0.8 1.25 --flip=0 --label-type=ori --temperature=4 \
         --out=runs/digits_labels
     python train.py --config=configs/digits_fkd.py --workdir=runs/digits_fkd

@@ -81,7 +81,7 @@ class PackedLabels:
         self.label_type = label_type
         self.num_classes = num_classes
         self.crops: int = description["crops"]
-        self.notes: dict[str, str | int | float] = description["notes"]
+        self.notes: Mapping[str, Any] = description["notes"]
         held = LabelType.parse(description["label_type"])
         alike = held.kind in _ALIKE and label_type.kind in _ALIKE and held.k == label_type.k
         if label_type != held and not alike:

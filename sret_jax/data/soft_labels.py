@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -96,6 +96,7 @@ class SoftLabelSet(Protocol):
 
     label_type: LabelType
     num_classes: int
+    notes: Mapping[str, Any]
 
     def __len__(self) -> int:
         """How many images have labels."""
@@ -122,6 +123,7 @@ class FolderLabels:
         self.folder = folder
         self.label_type = label_type
         self.num_classes = num_classes
+        self.notes: Mapping[str, Any] = {}  # the files say nothing
         self._keys: frozenset[str] | None = None
 
     def __len__(self) -> int:

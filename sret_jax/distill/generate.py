@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from sret_jax.errors import UserError
 from sret_jax.files import DamagedError, expand_local, naming, read_json, remove, replace
 from sret_jax.training.build import warnings_to
 from sret_jax.training.mesh import make_mesh
-from sret_jax.training.teacher import load_teachers
+from sret_jax.training.teacher import Teacher, load_teachers
 
 # Images in a file of the packed form.
 _IMAGES_PER_FILE = 8192
@@ -49,6 +49,9 @@ _VERSION = 1
 
 # What the result was made from, as a hash: a note in the packed form, a file in the authors' layout.
 _MADE_FROM = "made_from_sha256"
+
+# Of a teacher that is of no run: as ImageNet is evaluated.
+_CROP_RATIO = 0.875
 
 # Seconds between looks at what other processes have written.
 _LOOK_EVERY = 2.0
@@ -60,7 +63,7 @@ def generate(
     eval_source: Source,
     out: str,
     *,
-    eval_crop_ratio: float = 0.875,
+    eval_crop_ratio: float = 0.0,
     batch_size: int = 256,
     authors_layout: bool = False,
     process: int = 0,
@@ -86,7 +89,8 @@ def generate(
       source: the images to label.
       eval_source: the images to evaluate the teacher on, of the same classes.
       out: the folder to write, on a disk that all processes see.
-      eval_crop_ratio: part of the shorter side that the teacher's evaluation keeps.
+      eval_crop_ratio: part of the shorter side that the teacher's evaluation keeps; 0 is what its own run's kept, and
+        0.875 for a teacher that is of no run.
       batch_size: crops in a batch, on each device.
       authors_layout: whether to write a file for each image, as the authors' code reads it, instead of the packed form.
         Both hold the same numbers, here in float32, which that code expects.
@@ -109,11 +113,11 @@ def generate(
     check_recipe(recipe)
     target = Path(os.path.abspath(expand_local(out)))
     are_counts = 1 <= num_threads <= MOST_THREADS and 0 <= num_workers <= MOST_WORKERS
-    if batch_size < 1 or not are_counts or not 0 < eval_crop_ratio <= 1:
+    if batch_size < 1 or not are_counts or not 0 <= eval_crop_ratio <= 1:
         raise UserError(
             f"--batch-size is {batch_size}, --threads {num_threads}, --workers {num_workers}, --eval-crop-ratio "
             f"{eval_crop_ratio}. Expected at least 1, from 1 to {MOST_THREADS}, from 0 to {MOST_WORKERS}, and a number "
-            "above 0, at most 1"
+            "from 0, which is the teacher's own, to 1"
         )
     label_type = LabelType.parse(recipe.label_type)
     label_type.size(source.num_classes)
@@ -128,6 +132,7 @@ def generate(
             dtype=recipe.dtype,
         )
     home = target.with_name(target.name + ".units")
+    crop_ratio = eval_crop_ratio or _own_crop_ratio(teachers)
     reference = _open_reference(recipe, source)
     check_keys(source)
     made_of = {
@@ -153,7 +158,7 @@ def generate(
         mesh = make_mesh({"data": len(devices)}, batch_size * len(devices), devices)
         label = Labeller(teachers, mesh, batch_size * len(devices), label_type, recipe.temperature)
         if process == 0:
-            _evaluate(label, eval_source, eval_crop_ratio, max_broken, num_threads, num_workers, home, say)
+            _evaluate(label, eval_source, crop_ratio, max_broken, num_threads, num_workers, home, say)
         mine = [unit for unit in units[process::processes] if not unit.path.exists()]
         total = sum(len(unit.images) for unit in units[process::processes])
         advance(total - sum(len(unit.images) for unit in mine), total)
@@ -243,6 +248,18 @@ def _label_unit(
     return labels
 
 
+def _own_crop_ratio(teachers: Sequence[Teacher]) -> float:
+    """What the teachers are evaluated on, as their runs did."""
+    ratios = {teacher.eval_crop_ratio or _CROP_RATIO: teacher.name for teacher in teachers}
+    if len(ratios) > 1:
+        each = ", ".join(f"{teacher.name}: {teacher.eval_crop_ratio or _CROP_RATIO:g}" for teacher in teachers)
+        raise UserError(
+            f"the teachers are not evaluated on the same part of an image ({each}). Give the part on which they are to "
+            "be evaluated together, --eval-crop-ratio"
+        )
+    return next(iter(ratios))
+
+
 def _open_reference(recipe: Recipe, source: Source) -> SoftLabelSet | None:
     if not recipe.reference:
         return None
@@ -326,7 +343,10 @@ def _evaluate(
         known = {**how, "accuracy": hits / examples}
         replace(note, json.dumps(known) + "\n")
     size = label.image_size
-    say(f"teacher        {100 * known['accuracy']:.2f} % of {source.name} right, at {size} × {size} pixels")
+    say(
+        f"teacher        {100 * known['accuracy']:.2f} % of {source.name} right, at {size} × {size} pixels, "
+        f"crop ratio {crop_ratio:g}"
+    )
 
 
 def _write_files(folder: Path, labels: Mapping[str, SoftLabels], label_type: LabelType) -> None:

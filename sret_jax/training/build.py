@@ -58,13 +58,20 @@ def open_labels(config: ConfigDict, source: Source) -> SoftLabelSet | None:
     """The soft labels that the config names, of every image of the training split; None if it names none.
 
     Raises:
-      UserError: they cannot be read, are of another type or dataset, or some are missing.
+      UserError: they cannot be read, are of another type, dataset or temperature, or some are missing.
     """
     if not config.distill.soft_labels:
         return None
     with _naming("config.distill.soft_labels"):
         labels = open_soft_labels(config.distill.soft_labels, config.distill.label_type, source.num_classes)
         check_complete(labels, source, config.distill.num_crops)
+        temperature = labels.notes.get("temperature", config.distill.temperature)
+        if temperature != config.distill.temperature:
+            raise UserError(
+                f"they are of temperature {temperature}, but config.distill.temperature is "
+                f"{config.distill.temperature}. Expected the same for teacher and student: set it to {temperature}, or "
+                "give other labels"
+            )
     return labels
 
 

@@ -51,6 +51,7 @@ class Teacher(NamedTuple):
       mean: that its images are normalised with, of RGB values in 0..1.
       std: likewise.
       num_classes: of the logits.
+      eval_crop_ratio: part of an image's shorter side that its own run evaluated it on; 0 if it is of no run.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Teacher(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int
+    eval_crop_ratio: float = 0.0
 
     def digest(self) -> str:
         """64 letters that tell apart teachers of other weights or inputs; of a function, the name stands for itself."""
@@ -118,8 +120,9 @@ def load_teachers(
                 apply, variables = _load_function(name, size, num_classes, jnp.dtype(dtype))
                 teacher = Teacher(name, apply, variables, size, tuple(mean), tuple(std), num_classes)
             else:
-                model, variables = _load_model(name, image_size, num_classes, jnp.dtype(dtype))
-                teacher = Teacher(name, model.apply, variables, model.image_size, MEAN, STD, num_classes)
+                model, variables, crop_ratio = _load_model(name, image_size, num_classes, jnp.dtype(dtype))
+                size = model.image_size
+                teacher = Teacher(name, model.apply, variables, size, MEAN, STD, num_classes, crop_ratio)
         teachers.append(teacher)
     return tuple(teachers)
 
@@ -172,11 +175,12 @@ def _naming(name: str) -> Iterator[None]:
         raise UserError(f"the teacher {name} cannot be used: {error}") from error
 
 
-def _load_model(name: str, image_size: int, num_classes: int, dtype: np.dtype) -> tuple[SReT, Any]:
-    """A network of ours as it is to compute, and its variables."""
+def _load_model(name: str, image_size: int, num_classes: int, dtype: np.dtype) -> tuple[SReT, Any, float]:
+    """A network of ours as it is to compute, its variables, and `Teacher.eval_crop_ratio`."""
     described = _OF_MODEL.fullmatch(name)
     path = expand(described[2] if described else name)
     model = create_model(described[1]) if described else None
+    crop_ratio = 0.0
     with naming_remote(path):
         there = epath.Path(path).exists()
     if not there:
@@ -187,7 +191,7 @@ def _load_model(name: str, image_size: int, num_classes: int, dtype: np.dtype) -
         model = model or _only_network(stored)
         variables = from_torch_weights(stored, model)
     else:
-        model, variables = model or stored.model, stored.variables
+        model, variables, crop_ratio = model or stored.model, stored.variables, stored.eval_crop_ratio
     if model is None:
         raise UserError("nothing says which model its variables are of: give MODEL=PATH, such as sret_s=PATH")
     head = variables.get("params", {}).get("head")
@@ -199,7 +203,8 @@ def _load_model(name: str, image_size: int, num_classes: int, dtype: np.dtype) -
     model = model.copy(num_classes=num_classes, image_size=image_size or model.image_size, dtype=dtype)
     variables = jax.tree.map(np.asarray, adapt(variables, model))
     # BatchNorm's statistics take little memory.
-    return model, {**variables, "params": jax.tree.map(lambda leaf: _stored(leaf, dtype), variables["params"])}
+    stored_params = jax.tree.map(lambda leaf: _stored(leaf, dtype), variables["params"])
+    return model, {**variables, "params": stored_params}, crop_ratio
 
 
 def _only_network(weights: TorchWeights) -> SReT:

@@ -50,11 +50,13 @@ class Stored(NamedTuple):
       variables: {"params", "batch_stats"}, NumPy arrays.
       model: what the variables are of; None where that is not kept with them.
       name: of the model, as `create_model` knows it, perhaps with other fields; "" where it is not known.
+      eval_crop_ratio: part of the shorter side that evaluation kept in the run that they are of; 0 where there is none.
     """
 
     variables: dict[str, Any]
     model: SReT | None = None
     name: str = ""
+    eval_crop_ratio: float = 0.0
 
 
 def save_variables(
@@ -272,11 +274,13 @@ def _read_workdir(path: Path, *, ema: bool) -> Stored:
         given = {field: value for field, value in fields.items() if value is not None}
         name = keys["config.model.name"]
         model = create_model(name, **{**given, "num_classes": keys["classes"]})
+        if not 0 <= (eval_crop_ratio := float(keys.get("config.data.eval_crop_ratio", 0))) <= 1:
+            raise ValueError(f"config.data.eval_crop_ratio is {eval_crop_ratio}")
     except (TypeError, ValueError, LookupError) as error:  # UserError is a ValueError
         raise UserError(
             f"{path / 'config.json'} describes no model ({error}): put it back, or give {latest}"
         ) from error
-    return Stored(variables, model, name)
+    return Stored(variables, model, name, eval_crop_ratio)
 
 
 def _model_and_name(kept: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[SReT | None, str]:

@@ -29,6 +29,9 @@ from sret_jax.distill import units
 from sret_jax.distill.generate import generate
 from sret_jax.distill.recipe import Recipe
 from sret_jax.distill.units import plan_units, read_unit, write_unit
+from sret_jax.training.build import open_labels
+from sret_jax.training.config import base_config
+from sret_jax.training.teacher import Teacher, load_teachers
 from tests.distill import teachers
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -234,10 +237,70 @@ def test_the_teacher_is_evaluated_first_and_once(source: Source, tmp_path: pathl
         hits.append(int((whole @ teachers.weights(0)).argmax() == example["label"]))
     accuracy = 100 * np.mean(hits)
     assert lines[:2] == [
-        f"teacher        {accuracy:.2f} % of {source.name} right, at 16 × 16 pixels",
-        f"teacher        12.50 % of {source.name} right, at 16 × 16 pixels",
+        f"teacher        {accuracy:.2f} % of {source.name} right, at 16 × 16 pixels, crop ratio 1",
+        f"teacher        12.50 % of {source.name} right, at 16 × 16 pixels, crop ratio 1",
     ]
     assert "12.50" not in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [([0.6], 0.0, 0.6), ([0.6], 0.9, 0.9), ([0.0], 0.0, 0.875), ([0.6, 0.6], 0.0, 0.6), ([1.0, 0.875], 0.9, 0.9)],
+)
+def test_a_teacher_is_evaluated_on_the_part_of_images_that_its_own_run_kept(
+    source: Source,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: list[float],
+    given: float,
+    expected: float,
+) -> None:
+    lines = evaluated(source, tmp_path, monkeypatch, own, given)
+    central = [central_crop(source.examples[index]["image"], SIZE, expected) for index in range(IMAGES)]
+    seen = np.asarray(teachers.quarters(normalize(jax.numpy.asarray(np.stack(central)))))
+    ranked = sum(softmax(seen @ teachers.weights(seed)) for seed in range(len(own))).argmax(axis=1)
+    right = np.mean(ranked == [source.examples[index]["label"] for index in range(IMAGES)])
+    assert lines == [
+        f"teacher        {100 * right:.2f} % of {source.name} right, at 16 × 16 pixels, crop ratio {expected:g}"
+    ]
+
+
+def test_teachers_of_other_crops_are_not_evaluated_together_unless_told_how(
+    source: Source, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = r"not evaluated on the same part .*first: 0\.6, .*second: 0\.875.*--eval-crop-ratio"
+    with pytest.raises(UserError, match=message):
+        evaluated(source, tmp_path, monkeypatch, [0.6, 0.0], 0.0)
+
+
+def evaluated(
+    source: Source, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, own: list[float], given: float
+) -> list[str]:
+    """What is said of the first teachers, whose runs kept such parts of images."""
+
+    def load(*arguments: Any, **options: Any) -> tuple[Teacher, ...]:
+        return tuple(
+            teacher._replace(eval_crop_ratio=ratio)
+            for teacher, ratio in zip(load_teachers(*arguments, **options), own, strict=True)
+        )
+
+    monkeypatch.setattr(generating, "load_teachers", load)
+    names = ",".join(f"tests.distill.teachers:{name}" for name in ("first", "second")[: len(own)])
+    recipe, lines = RECIPE._replace(teacher=names, temperature=1.0), list[str]()
+    with pytest.raises(_KilledError):
+        make(source, tmp_path / "labels", recipe, say=lines.append, eval_crop_ratio=given, advance=killed_after(0))
+    return lines
+
+
+def test_labels_of_another_temperature_than_the_students_are_refused(source: Source, undisturbed: pathlib.Path) -> None:
+    config = base_config()
+    config.distill.soft_labels, config.distill.label_type = str(undisturbed), RECIPE.label_type
+    with pytest.raises(
+        UserError, match=r"soft_labels: they are of temperature 0\.5, but config\.distill\.temperature is 1"
+    ):
+        open_labels(config, source)
+    config.distill.temperature = 0.5
+    assert len(open_labels(config, source) or ()) == IMAGES
 
 
 def generating_central(encoded: bytes) -> np.ndarray:
