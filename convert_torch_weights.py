@@ -1,5 +1,10 @@
 """Official PyTorch checkpoints in, and back out: `python convert_torch_weights.py SReT_S.pth weights/sret_s`."""
 
+from sret_jax.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()
+
 import argparse
 import ast
 import sys
@@ -29,8 +34,8 @@ def main() -> None:
 
             classes = classify(args.check, model, load_variables(destination, model))
             print(f"check    {args.check}: " + ", ".join(f"class {c} {p:.1%}" for c, p in classes))
-    except (UserError, KeyboardInterrupt) as error:
-        sys.exit(f"error: {error}" if isinstance(error, UserError) else "stopped")
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def _parse_args() -> argparse.Namespace:

@@ -1,5 +1,11 @@
 """Train or evaluate an SReT: `python train.py --config=configs/digits.py [--workdir=...] [--config.any.key=value]`."""
 
+from sret_jax.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c("the same command goes on from the last checkpoint")
+
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -25,7 +31,8 @@ def main(argv: list[str]) -> None:
     from sret_jax.training.distributed import connect
     from sret_jax.training.evaluation import evaluate
     from sret_jax.training.loop import train
-    from sret_jax.training.preemption import EXIT_STATUS, Preempted
+    from sret_jax.training.lost_hosts import one_line_for_lost_hosts
+    from sret_jax.training.preemption import Preempted
 
     config = CONFIG.value
     workdir = _WORKDIR.value or f"runs/{Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem}"
@@ -35,13 +42,13 @@ def main(argv: list[str]) -> None:
     use_compilation_cache(config, workdir)
     if config.mode == "eval":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which `connect` may have taken over: here is nothing to save
+    verbose = flags.FLAGS["verbosity"].present
     try:
-        (evaluate if config.mode == "eval" else train)(config, workdir)
+        with contextlib.nullcontext() if verbose else one_line_for_lost_hosts():
+            (evaluate if config.mode == "eval" else train)(config, workdir)
     except Preempted as end:
         print(end, file=sys.stderr)
-        sys.exit(EXIT_STATUS)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
+        sys.exit(end.status)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """The Sliced Recursive Transformer (SReT, ECCV 2022) in JAX and Flax."""
 
-from sret_jax.errors import UserError
-from sret_jax.models.compiler import compiler_options
-from sret_jax.models.cost import count_macs, count_params
-from sret_jax.models.sret import SReT
-from sret_jax.models.zoo import create_model, list_models
-from sret_jax.weights.store import load_variables, save_variables
-from sret_jax.weights.torch_file import load_torch_file
-from sret_jax.weights.torch_names import from_torch_state_dict, to_torch_state_dict
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sret_jax.errors import UserError
+    from sret_jax.models.compiler import compiler_options
+    from sret_jax.models.cost import count_macs, count_params
+    from sret_jax.models.sret import SReT
+    from sret_jax.models.zoo import create_model, list_models
+    from sret_jax.weights.store import load_variables, save_variables
+    from sret_jax.weights.torch_file import load_torch_file
+    from sret_jax.weights.torch_names import from_torch_state_dict, to_torch_state_dict
 
 __all__ = [
     "SReT",
@@ -23,3 +27,30 @@ __all__ = [
     "save_variables",
     "to_torch_state_dict",
 ]
+
+# Where the names are, which is imported when one is first used: the programs of this package can hear Ctrl-C before.
+_WHERE = {
+    "compiler_options": "sret_jax.models.compiler",
+    "count_macs": "sret_jax.models.cost",
+    "count_params": "sret_jax.models.cost",
+    "create_model": "sret_jax.models.zoo",
+    "from_torch_state_dict": "sret_jax.weights.torch_names",
+    "list_models": "sret_jax.models.zoo",
+    "load_torch_file": "sret_jax.weights.torch_file",
+    "load_variables": "sret_jax.weights.store",
+    "save_variables": "sret_jax.weights.store",
+    "SReT": "sret_jax.models.sret",
+    "to_torch_state_dict": "sret_jax.weights.torch_names",
+    "UserError": "sret_jax.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,10 @@
 """`python -m sret_jax` prints the table of models; with `--help`, what other programs there are."""
 
+from sret_jax.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()
+
 import argparse
 import os
 import sys

@@ -1,5 +1,10 @@
 """`python -m sret_jax.data.pack FOLDER OUT`: a folder of images becomes a TFDS dataset, without TensorFlow."""
 
+from sret_jax.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c("the same command goes on")
+
 import argparse
 import hashlib
 import itertools
@@ -198,8 +203,8 @@ def with_progress(what: str, pack_it: Callable[[Callable[[int, int], object]], P
         with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task(what, total=None)
             return pack_it(lambda count, total: bar.update(task, advance=count, total=total))
-    except (UserError, KeyboardInterrupt) as error:
-        sys.exit(f"error: {error}" if isinstance(error, UserError) else "stopped: the same command goes on")
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """`python -m sret_jax.data.pack_soft_labels SRC OUT`: soft labels in the authors' layout become our packed form."""
 
+from sret_jax.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c("the same command goes on")
+
 import argparse
 import functools
 import hashlib

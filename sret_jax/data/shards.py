@@ -22,6 +22,7 @@ from sret_jax.data.folder import FolderExamples
 from sret_jax.data.workers import pool_died, start_worker
 from sret_jax.errors import UserError
 from sret_jax.files import LockedError, lock, naming, refused
+from sret_jax.interrupts import deaf_children
 
 _SHARD_BYTES = 256 * 2**20
 
@@ -123,7 +124,8 @@ def write_files(
         for left_by_a_kill in folder.glob(f"*{_INCOMPLETE}*"):
             left_by_a_kill.unlink()
     with _executor(workers) as executor:
-        running = {executor.submit(_write_file, path, records, options): path for path, records in files.items()}
+        with deaf_children():
+            running = {executor.submit(_write_file, path, records, options): path for path, records in files.items()}
         try:
             for future in concurrent.futures.as_completed(running):
                 future.result()

@@ -4,6 +4,11 @@ A row is the beginning of a training batch, from the first on, after everything 
 and on the device. Below an image stands its class; below one mixed from two, or with soft labels, the two likeliest.
 """
 
+from sret_jax.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()
+
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

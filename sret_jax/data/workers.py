@@ -1,5 +1,6 @@
 """Processes that work for this one: what they leave alone, how they end, and what a program must not do in them."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from sret_jax.errors import UserError
+from sret_jax.interrupts import deaf_children
 
 _Batch = TypeVar("_Batch")
 
@@ -56,7 +58,9 @@ def explain_deaths(batches: Iterator[_Batch]) -> Iterator[_Batch]:
       UserError: while iterating, if one was.
     """
     try:
-        yield from batches
+        with deaf_children():  # they are started for the first batch
+            first = list(itertools.islice(batches, 1))
+        yield from itertools.chain(first, batches)
     except RuntimeError as error:
         if f"exit code {_UNGUARDED}." not in str(error):
             raise

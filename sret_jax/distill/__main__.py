@@ -1,5 +1,10 @@
 """Makes soft labels (FKD): `python -m sret_jax.distill --teacher=WEIGHTS --data=IMAGES --out=LABELS`."""
 
+from sret_jax.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c("the same command goes on")
+
 import argparse
 import dataclasses
 import os
@@ -112,7 +117,12 @@ def _parse_args() -> argparse.Namespace:
     data.add_argument("--data-path", default="", help="the folder with TFDS datasets, where it is not TFDS's own")
     data.add_argument("--split", default="train", help="to label")
     data.add_argument("--eval-split", default="validation", help="to evaluate the teacher on before")
-    data.add_argument("--eval-crop-ratio", type=float, default=0.875, help="part of the shorter side that is kept then")
+    data.add_argument(
+        "--eval-crop-ratio",
+        type=float,
+        default=0.0,
+        help="part of the shorter side that is kept then; 0 is what the teacher's own run kept, or 0.875",
+    )
     data.add_argument(
         "--background",
         type=int,

@@ -4,6 +4,11 @@ Compiles the train step of a config with the compiler of the devices, which need
 compiler says of it beside what the chip's maker publishes. docs/scaling.md shows how to read it.
 """
 
+from sret_jax.interrupts import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()
+
 import json
 
 from absl import app, flags

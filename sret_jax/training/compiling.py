@@ -1,13 +1,11 @@
 """What a person is told while XLA compiles, which may take minutes."""
 
 import contextlib
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
+from sret_jax.console import stderr_through
 from sret_jax.training.display import duration
 
 _FIRST_LINE_SECONDS = 30.0
@@ -48,7 +46,7 @@ def compiling(
             while not done.wait(min(1.0, first_line_seconds, alarm_seconds)):
                 seconds = time.monotonic() - began_at
                 if seconds >= alarm_seconds and not is_filtered:
-                    at_end.enter_context(_without_alarm())
+                    at_end.enter_context(stderr_through(_FILTER))
                     is_filtered = True
                 if show:
                     show(f"compiling {what}, {took()}")
@@ -82,28 +80,3 @@ while block := os.read(0, 1 << 16):
             os.write(2, line + b"\\n")
 os.write(2, kept)
 """
-
-
-@contextlib.contextmanager
-def _without_alarm() -> Iterator[None]:
-    """Let a process read the standard error of this one, and pass on all but XLA's alarm.
-
-    A process, not a thread: when this one crashes, its last words still arrive.
-    """
-    try:
-        stderr = os.dup(2)
-        command = [sys.executable, "-I", "-S", "-c", _FILTER]
-        reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr)
-    except OSError:  # then with the alarm
-        yield
-        return
-    assert reader.stdin
-    os.dup2(reader.stdin.fileno(), 2)
-    reader.stdin.close()
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that began meanwhile may write there too
-            reader.wait(timeout=2)

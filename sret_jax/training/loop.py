@@ -37,7 +37,7 @@ from sret_jax.training.config import base_config, check_config, identity
 from sret_jax.training.distributed import check_agreement, check_hosts, compile_everywhere, tree_digest
 from sret_jax.training.evaluation import Evaluation, evaluate_state
 from sret_jax.training.mesh import abstract_batch, local_rows, make_mesh, put_batch
-from sret_jax.training.preemption import Preempted, Preemption
+from sret_jax.training.preemption import Preemption
 from sret_jax.training.profile import Profile
 from sret_jax.training.report import Report
 from sret_jax.training.step_metrics import StepMetrics, check_finite, memory_used
@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
     Raises:
       UserError: what a user can mend; the message says how.
-      Preempted: SIGTERM; a checkpoint of the last step is written.
+      Preempted: SIGTERM, or Ctrl-C in a program that called `end_on_ctrl_c`; a checkpoint of the last step is written.
     """
     end_if_imported_by_worker()
     check_config(config)
@@ -150,6 +150,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
             state, evaluation = restored or (make_state.result()(), {})
             recent = StepMetrics(checkpoints, config.max_skipped_steps)
+            preemption.first_step_begins()
             for step in range(first_step + 1, total_steps + 1):
                 waited, batch = _timed(lambda: next(batches))
                 state, metrics = train_step(state, put_batch(batch, mesh), *frozen)
@@ -176,7 +177,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 if preempted and step < total_steps:
                     checkpoints.wait()
                     report.message(f"told to end: step {step} is saved")
-                    raise Preempted(f"ended after step {step}, which is saved; the same command goes on from there")
+                    raise preemption.end(
+                        f"ended after step {step}, which is saved; the same command goes on from there"
+                    )
 
             checkpoints.wait()
             report.finish(
@@ -184,6 +187,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 checkpoint=checkpoints.path(total_steps),
                 best_checkpoint=checkpoints.path(checkpoints.best_step() or total_steps),
             )
+            if preemption.interrupted:  # what is to follow the run is not wanted
+                raise preemption.end(f"interrupted after step {total_steps}, the last: the run is finished")
     return evaluation
 
 

@@ -181,6 +181,21 @@ def test_hosts_with_another_config_are_refused_on_all_before_anything_is_written
     assert not workdir.exists()
 
 
+def test_a_host_that_dies_is_told_of_in_the_others_last_line(start, folder):
+    workdir = folder / "lost"
+    processes = start(workdir, 2, 1, "--config.epochs=200")
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not ((workdir / "metrics.jsonl").exists() and len(losses(workdir)) > 2):
+        time.sleep(0.01)
+    processes[0].kill()
+    assert processes[1].wait(timeout=300) not in (0, None)
+    log = pathlib.Path(f"{workdir}.log.1")
+    while time.monotonic() < deadline and "error" not in log.read_text():
+        time.sleep(0.05)
+    lines = [line for line in log.read_text().splitlines() if not line.startswith("[Gloo]")]
+    assert len(lines) == 1 and lines[0].startswith("error: another process of this run has died")
+
+
 def told_to_end(processes, workdir, step):
     """SIGTERM to the last process when training step `step` is recorded; the exit statuses of all."""
     deadline = time.monotonic() + 300

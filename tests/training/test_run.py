@@ -21,6 +21,7 @@ from tests import compilation
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, EPOCH_STEPS = 33, 11  # of tiny_run.py
+EPOCHS_OF_TWENTY = 60  # epochs that outlast twenty interruptions
 
 
 def command(workdir, *flags, config="tests/training/tiny_run.py"):
@@ -200,6 +201,81 @@ def test_told_to_end_a_run_saves_its_last_step_and_goes_on_from_there(environmen
     result = train(workdir)
     assert f"{step} steps done before" in result.stdout
     assert_equal_bit_for_bit(workdir, undisturbed[0])
+
+
+def interrupt_when(process, happened, times=1):
+    """SIGINT as soon as `happened()`, to the process; its exit status, stdout and stderr."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and not happened():
+        time.sleep(0.002)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    output, error = process.communicate(timeout=300)
+    assert "Traceback" not in output + error and "KeyboardInterrupt" not in output + error
+    return process.returncode, output, error
+
+
+def test_ctrl_c_ends_a_run_which_goes_on_and_ends_like_an_undisturbed_one(environment, train, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+
+    def start():
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command(workdir), cwd=ROOT, env=environment, **pipes)
+
+    # Nothing is done that could be saved.
+    status, output, error = interrupt_when(start(), (workdir / "run.json").exists)
+    assert (status, error) == (130, "stopped: the same command goes on from the last checkpoint\n")
+    assert "step" not in output.replace("the train step", "").replace("steps of", "")
+
+    # Steps are done: the last one is saved.
+    status, output, error = interrupt_when(start(), lambda: len(list(records_so_far(workdir))) >= 2)
+    step = records(workdir)[-1]["step"]
+    assert status == 130 and (workdir / "checkpoints" / str(step)).is_dir()
+    assert error.endswith(f"ended after step {step}, which is saved; the same command goes on from there\n")
+
+    result = train(workdir)
+    assert f"{step} steps done before" in result.stdout
+    assert_equal_bit_for_bit(workdir, undisturbed[0])
+
+
+def records_so_far(workdir):
+    file = workdir / "metrics.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.mark.by_hand
+def test_ctrl_c_at_twenty_random_moments_costs_nothing_but_time(environment, train, tmp_path):
+    seed = random.randrange(1000)
+    print("seed of the moments:", seed)
+    moments = random.Random(seed)
+    flags = (f"--config.epochs={EPOCHS_OF_TWENTY}", "--config.log_every_steps=1000")
+    undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
+    began = time.monotonic()
+    assert train(undisturbed, *flags).returncode == 0
+    whole = time.monotonic() - began
+    for number in range(20):
+        # A fifth of them in the first second; with every third, a second one follows.
+        moment = moments.uniform(0.1, 1) if number % 5 == 0 else moments.uniform(1, 0.7 * whole)
+        process = subprocess.Popen(
+            command(workdir, *flags),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        struck = time.monotonic() + moment
+        status, _, error = interrupt_when(process, lambda: time.monotonic() > struck, 1 + (number % 3 == 2))  # noqa: B023
+        took, steps = time.monotonic() - struck, sorted(path.name for path in workdir.glob("checkpoints/*"))
+        print(f"{number + 1}: after {moment:.2f} s, ended in {took:.2f} s: {status} {steps} {error!r}")
+        assert status == 130
+    assert train(workdir, *flags).returncode == 0
+    last = str(EPOCH_STEPS * EPOCHS_OF_TWENTY)
+    state, expected = (
+        ocp.StandardCheckpointer().restore(path / "checkpoints" / last / "state") for path in (workdir, undisturbed)
+    )
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
 @pytest.fixture(scope="module")
