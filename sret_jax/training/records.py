@@ -20,8 +20,8 @@ from sret_jax.files import DamagedError, expand_local, naming, open_to_add, pars
 _EVERY = {"step", "epoch", "seconds"}
 _NEEDED = {"train": _EVERY | {"loss", "learning_rate"}, "evaluation": _EVERY | {"accuracy"}}
 
-# float32's, which metrics are computed in.
-_LARGEST_NUMBER = 3.5e38
+# More than float32 metrics of a batch add up to, and less than what a picture cannot be drawn of.
+_LARGEST_NUMBER = 1e100
 
 
 class Records:
@@ -106,7 +106,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _is_record(record: Mapping[str, Any]) -> bool:
     """Whether a line of `metrics.jsonl` has what every one of its kind has: numbers, or null for what is none."""
-    needed = _NEEDED.get(str(record.get("kind")), ())
+    needed = _NEEDED.get(str(record.get("kind")), set())
     numbers_ = {name: value for name, value in record.items() if name != "kind"}
     return (
         bool(needed)
