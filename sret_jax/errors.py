@@ -1,6 +1,7 @@
 """The one exception that means "the caller can mend this", and how its message shows values."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 # Letters of a value that are shown.
 _LONGEST = 200
@@ -27,3 +28,19 @@ def brief(value: object, form: Callable[[object], str] = str) -> str:
         return f"a {type(value).__name__} too long to be shown"
     shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:_LONGEST])
     return shown + "…" * (len(text) > _LONGEST)
+
+
+@contextlib.contextmanager
+def options_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name options as the caller's user gives them.
+
+    Args:
+      names: what stands for an argument of a function that fails, such as {"ema=True": "--ema"}.
+    """
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for argument, option in names.items():
+            text = text.replace(argument, option)
+        raise UserError(text) from error

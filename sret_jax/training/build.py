@@ -16,7 +16,7 @@ from sret_jax.data.passes import ONE_CROP, Passes, fkd_passes
 from sret_jax.data.pipeline import Batch, train_batches
 from sret_jax.data.soft_labels import LabelType, SoftLabelSet, check_complete
 from sret_jax.data.sources import Source, keeping_decoded, open_source
-from sret_jax.errors import UserError
+from sret_jax.errors import UserError, options_named
 from sret_jax.models.sret import SReT
 from sret_jax.models.zoo import create_model
 from sret_jax.training.config import base_config
@@ -204,7 +204,7 @@ def initial_weights(config: ConfigDict, model: SReT, say: Callable[[str], None])
     """
     if not config.init_from:
         return None
-    with warnings_to(say):
+    with warnings_to(say), options_named({"ema=True": "config.init_ema"}):
         return load_variables(config.init_from, model, ema=config.init_ema, fresh_head=True)
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from sret_jax.data.pipeline import eval_batches
 from sret_jax.data.sources import Source
 from sret_jax.data.workers import end_if_imported_by_worker
+from sret_jax.errors import options_named
 from sret_jax.models.sret import SReT
 from sret_jax.training.build import make_model, open_split, warnings_to
 from sret_jax.training.checkpoints import began_with
@@ -21,6 +22,13 @@ from sret_jax.training.distributed import check_agreement, check_hosts, compile_
 from sret_jax.training.mesh import abstract_batch, local_rows, make_mesh, place, put_batch, replicated
 from sret_jax.training.step import Metrics, TrainState, make_eval_step
 from sret_jax.weights.store import load_variables
+
+# What a config has for the arguments of `load_variables` and `create_model`.
+_OPTIONS = {
+    "create it with num_classes=": "evaluate it on data of as many, ",
+    "ema=True": "config.init_ema",
+    "fresh_head=True": "config.mode=train, with these weights as config.init_from",
+}
 
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
@@ -48,7 +56,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     model = make_model(config, source.num_classes)
     is_fine_tuned = config.init_from and began_with(workdir) == config.init_from
     path = workdir if is_fine_tuned else config.init_from or workdir
-    with warnings_to(print):
+    with warnings_to(print), options_named(_OPTIONS):
         variables = load_variables(path, model, ema=config.init_ema)
     check_agreement("the weights", tree_digest(variables) if jax.process_count() > 1 else "")
     variables = place(variables, jax.tree.map(lambda _: replicated(mesh), variables))

@@ -31,14 +31,19 @@ def adapt(variables: Mapping[str, Any], model: SReT, *, fresh_head: bool = False
     Raises:
       UserError: the head has another number of classes without `fresh_head`, or other variables differ; all are named.
     """
-    params, expected = dict(variables["params"]), variable_shapes(model)
+    expected = variable_shapes(model)
+    for collection in expected:
+        if not isinstance(variables.get(collection), Mapping):
+            raise UserError(f"the variables have no {collection}, expected {' and '.join(expected)}: save all of them")
+    params = dict(variables["params"])
     found, wanted = np.shape(params.get("pos_embed", ())), expected["params"]["pos_embed"].shape
     if found != wanted and len(found) == 3 and found[0] == found[1] > 0 and found[2] == wanted[2]:
         params["pos_embed"] = resize_position_embedding(params["pos_embed"], wanted[0])
         warnings.warn(
             f"the position embedding was resized from {8 * found[0]} to {model.image_size} pixels", stacklevel=3
         )
-    classes = params["head"]["bias"].shape[0] if "head" in params else 0
+    head = params.get("head")
+    classes = len(head["bias"]) if isinstance(head, Mapping) and np.ndim(head.get("bias", ())) else 0
     if classes and not model.num_classes:
         del params["head"]
         warnings.warn(f"the head of {classes} classes was left out: the model has none", stacklevel=3)
@@ -46,13 +51,22 @@ def adapt(variables: Mapping[str, Any], model: SReT, *, fresh_head: bool = False
         if not fresh_head:
             raise UserError(
                 f"the weights are of {classes or 'no'} classes, the model has {model.num_classes}: create it with "
-                f"num_classes={classes}, or ask for a fresh head, to be trained: fresh_head=True, or --num-classes"
+                f"num_classes={classes}, or have a fresh head trained: fresh_head=True"
             )
         params["head"] = _fresh_head(model)
         warnings.warn(f"the head of {model.num_classes} classes is fresh: it must be trained", stacklevel=3)
-    adapted = {**variables, "params": params}
+    adapted = {**{name: variables[name] for name in expected}, "params": params}
     check_variables(adapted, model)
-    return adapted
+    return jax.tree.map_with_path(_of_dtype, adapted, {name: expected[name] for name in adapted})
+
+
+def _of_dtype(path: Any, leaf: Any, expected: jax.ShapeDtypeStruct) -> Any:
+    if leaf.dtype == expected.dtype:
+        return leaf
+    if not (jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.issubdtype(expected.dtype, jnp.floating)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        raise UserError(f"{name} is {leaf.dtype}, expected {expected.dtype}: save the weights of such a network")
+    return leaf.astype(expected.dtype)
 
 
 def check_variables(variables: Mapping[str, Any], model: SReT) -> None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from sret_jax.errors import UserError
+from sret_jax.errors import UserError, options_named
 from sret_jax.files import write_whole
 from sret_jax.models.cost import count_params
 from sret_jax.models.sret import PER_STAGE, SReT
@@ -31,6 +31,7 @@ _NOTES = ("args.model", "arch", "epoch")
 _SHAPE = (*PER_STAGE, "mlp_ratio", "nll_ratio")
 
 
+@options_named({"fresh_head=True": "--num-classes", "ema=True": "--ema", "overwrite=True": "--overwrite"})
 def convert(
     source: epath.PathLike,
     destination: epath.PathLike,

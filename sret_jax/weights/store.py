@@ -1,6 +1,7 @@
 """Saves and loads variables, and tells what they are of: from a conversion, a training run or PyTorch, near or far."""
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +41,9 @@ from sret_jax.weights.torch_weights import TorchWeights, check_names, load_torch
 _DESCRIBED = ("image_size", *PER_STAGE, "mlp_ratio", "nll_ratio", "num_classes")
 _NAMES_SHOWN = 10
 _MOST_STAGES = 32
+# How far arrays are compressed: those of trained networks lose a tenth.
+_MOST_COMPRESSION = 16
+_MOST_CLAIMED = 2**27
 _MOST_NESTED = 20
 
 
@@ -189,7 +193,7 @@ def refuse_existing(path: epath.PathLike, *, overwrite: bool) -> None:
         place = epath.Path(expand(path))
         there, strange = place.exists(), place.is_dir() and not (place / "variables").exists()
     if there and not overwrite:
-        raise UserError(f"{os.fspath(path)} exists: give another name, or overwrite=True (--overwrite)")
+        raise UserError(f"{os.fspath(path)} exists: give another name, or overwrite=True")
     if strange:
         raise UserError(
             f"{os.fspath(path)} is a folder of something else, which is never overwritten: give another name"
@@ -337,6 +341,7 @@ def _restore(folder: Path, names: Sequence[str] | None = None, kept: Any = None)
             }
             shapes = {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
             described = _model_and_name(kept or {}, shapes)
+            _check_claims(folder, tree)
             numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             args = ocp.args.PyTreeRestore(item=tree, restore_args=numpy, partial_restore=True)
             return Stored(handler.restore(folder.absolute(), args=args), *described)
@@ -344,6 +349,18 @@ def _restore(folder: Path, names: Sequence[str] | None = None, kept: Any = None)
             raise
         except Exception as error:  # whatever Orbax and TensorStore raise for what damage there is
             raise DamagedError(shown(str(error).strip().split("\n")[0])) from error
+
+
+def _check_claims(folder: Path, tree: Any) -> None:
+    """Refuse arrays that are far larger than their files, which compression allows, before they are allocated."""
+    sizes = [
+        math.prod(shape) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+        for shape in (leaf.shape, leaf.storage.chunk_shape if leaf.storage else leaf.shape)
+    ]
+    most = max(_MOST_CLAIMED, _MOST_COMPRESSION * sum(file.stat().st_size for file in folder.rglob("*")))
+    if sum(sizes) > 2 * most:
+        raise DamagedError(f"its arrays are said to have {sum(sizes) // 2:,} bytes, expected no more than {most:,}")
 
 
 def _warn_of_non_finite(arrays: Iterable[tuple[str, np.ndarray]]) -> None:

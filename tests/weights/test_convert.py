@@ -16,6 +16,8 @@ from PIL import Image
 import sret_jax
 from sret_jax.classify import classify
 from sret_jax.data.augment import MEAN, STD
+from sret_jax.errors import options_named
+from sret_jax.training import evaluation
 from sret_jax.weights import store
 from sret_jax.weights.convert import convert
 from sret_jax.weights.torch_names import fitting_models, shapes_of
@@ -292,3 +294,19 @@ def test_arguments_that_make_no_sense_are_refused_with_the_usage(arguments: list
     done = run(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: ")
+
+
+def test_errors_name_the_options_of_whoever_called(run, tmp_path) -> None:
+    sret_jax.save_variables(tmp_path / "a", sret_jax.from_torch_state_dict(CASE.state_dict, TINY), TINY, name="sret_t")
+    done = run(tmp_path / "a", tmp_path / "b", "--ema")
+    assert done.returncode == 1
+    assert "without --ema" in done.stderr
+    (tmp_path / "c").mkdir()
+    assert "--overwrite" in run(tmp_path / "a", tmp_path / "c").stderr
+    with pytest.raises(sret_jax.UserError, match="fresh_head=True") as error:
+        sret_jax.load_variables(tmp_path / "a", TINY.copy(num_classes=3))
+    assert "--" not in str(error.value)
+    with pytest.raises(sret_jax.UserError) as error, options_named(evaluation._OPTIONS):
+        sret_jax.load_variables(tmp_path / "a", TINY.copy(num_classes=3))
+    assert "config.mode=train, with these weights as config.init_from" in str(error.value)
+    assert not any(word in str(error.value) for word in ("--", "fresh_head", "num_classes"))
