@@ -81,7 +81,7 @@ def test_no_file_is_opened_for_writing_but_by_the_functions_that_follow_no_link(
     package = pathlib.Path(__file__).parents[1] / "sret_jax"
     for file in package.rglob("*.py"):
         source = file.read_text()
-        for call in ('open("w', 'open("a', '"wb")', '"ab")', "os.open("):
+        for call in ('open("w', 'open("a', '"wb")', '"ab")', "O_CREAT", "O_TRUNC"):
             places = [line.strip() for line in source.splitlines() if call in line and "os.devnull" not in line]
             assert not places or file.name == "files.py", file
 
