@@ -59,6 +59,7 @@ _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+_FRAME = struct.Struct(">xB2xBHHB")  # marker, bits, height, width and channels
 # What applications add; two of them say which colours the channels are, and stay.
 _METADATA = ({*range(0xE0, 0xF0)} | {0xFE}) - {0xE0, 0xEE}
 
@@ -71,7 +72,8 @@ class Pixels:
         self._content = content
         self._background = background
         self.width, self.height = content.size if isinstance(content, Image.Image) else content.shape[1::-1]
-        self._whole: Image.Image | None = None
+        self._is_small = self.width * self.height <= _PIXELS_AT_ONCE
+        self._whole: Image.Image | None = None  # in RGB, of a small one
 
     def array(self, box: Box) -> np.ndarray:
         """A box inside the image: uint8 (height, width, 3), RGB; it may share memory with the image."""
@@ -108,9 +110,9 @@ class Pixels:
         return narrow.resize(size, resample, (0, in_rows[0], size[0], in_rows[1]))
 
     def _cut(self, box: Box) -> Image.Image:
-        if self.width * self.height <= _PIXELS_AT_ONCE:
+        if self._is_small:
             if self._whole is None:
-                self._whole = self._to_rgb((0, 0, self.width, self.height))
+                self._content = self._whole = self._to_rgb((0, 0, self.width, self.height))
             return self._whole if box == (0, 0, self.width, self.height) else self._whole.crop(box)
         left, top, right, bottom = box
         inside = max(left, 0), max(top, 0), min(right, self.width), min(bottom, self.height)
@@ -304,18 +306,15 @@ class _Stream(io.BytesIO):
 
 
 def _open_jpeg(encoded: bytes) -> OpenedImage:
-    segments = {marker: start for marker, start, _ in _segments(encoded)}
-    frames = [marker for marker in segments if marker in _FRAMES]
-    if len(frames) != 1 or _START_OF_SCAN not in segments:
+    frame = scan = 0
+    for marker, start, _ in _segments(encoded):
+        if marker in _FRAMES:
+            frame = frame or start
+        elif marker == _START_OF_SCAN:
+            scan = start
+    if not (frame and scan):
         raise ValueError("a JPEG without a header of its pixels")
-    (marker,) = frames
-    frame, scan = segments[marker], segments[_START_OF_SCAN]
-    bits, height, width, channels = (
-        encoded[frame + 4],
-        _uint16(encoded, frame + 5),
-        _uint16(encoded, frame + 7),
-        encoded[frame + 9],
-    )
+    marker, bits, height, width, channels = _FRAME.unpack_from(encoded, frame)
     sampling = [(both >> 4, both & 15) for both in encoded[frame + 11 : frame + 10 + 3 * channels : 3]]
     if not (width and height and sampling) or min(map(min, sampling)) == 0:
         raise ValueError("a JPEG without pixels")
@@ -333,16 +332,19 @@ def _open_jpeg(encoded: bytes) -> OpenedImage:
 
 def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
     """Marker, start and end of the segments of a JPEG up to its first scan, as libjpeg finds them."""
-    position = 2
+    start, last = 2, len(encoded) - 4
     for _ in range(_MOST_SEGMENTS):
-        found = _MARKER.search(encoded, position)
-        if found is None:
-            return
-        marker = found[1][0]
-        position = found.end() + (0 if marker in _WITHOUT_LENGTH else _uint16(encoded, found.end()))
-        yield marker, found.start(), position
+        marker = encoded[start + 1] if start <= last and encoded[start] == 0xFF else 0
+        if marker in (0, 0xFF):  # something lies between
+            found = _MARKER.search(encoded, start)
+            if found is None:
+                return
+            start, marker = found.start(), found[1][0]
+        end = start + 2 + (0 if marker in _WITHOUT_LENGTH else _uint16(encoded, start + 2))
+        yield marker, start, end
         if marker in (_START_OF_SCAN, _END_OF_IMAGE):
             return
+        start = end
     raise ValueError(f"a JPEG with more than {_MOST_SEGMENTS:,} segments before its pixels")
 
 
