@@ -64,7 +64,7 @@ def normalize(images: Array) -> Array:
     Returns:
       float32 of the same shape.
     """
-    mean, std = jnp.array(MEAN, jnp.float32), jnp.array(STD, jnp.float32)
+    mean, std = (jnp.array(values, jnp.float32).reshape(1, 1, 1, 3) for values in (MEAN, STD))
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
@@ -125,7 +125,7 @@ def _normal_noise(key: Array, shape: tuple[int, ...]) -> Array:
     """
     batch, height, width, channels = shape
     bits = jax.random.bits(key, (batch, (height + 1) // 2, 1, width, channels), jnp.uint32)
-    halves = (bits >> jnp.array([0, 16], jnp.uint32)[:, None, None]) & 0xFFFF
+    halves = (bits >> jnp.array([0, 16], jnp.uint32)[None, None, :, None, None]) & 0xFFFF
     uniform = (halves.reshape(batch, -1, width, channels)[:, :height].astype(jnp.float32) + 0.5) / 2**15 - 1
     return math.sqrt(2) * jax.lax.erf_inv(uniform)
 
@@ -170,7 +170,7 @@ def mixup_cutmix(
     rows: Array | slice = slice(None, None, -1)
     if partner == "permuted":
         rows = jax.random.permutation(jax.random.fold_in(key, 1), len(images))
-    pixel_weights = jnp.where(use_cutmix, kept, weight)[..., None]
+    pixel_weights = jnp.where(use_cutmix, kept, weight)[None, ..., None]
     target_weight = jnp.where(use_cutmix, jnp.mean(kept), weight)
     partner_images = images[rows]
     if images.dtype == jnp.uint8:
@@ -182,7 +182,7 @@ def mixup_cutmix(
 
 def _inside(height: int, width: int, top: Array, left: Array, bottom: Array, right: Array) -> Array:
     """Which pixels a box covers: bool (..., height, width) for bounds (..., 1) or (), bottom and right exclusive."""
-    rows, columns = jnp.arange(height), jnp.arange(width)
+    rows, columns = (jax.lax.expand_dims(jnp.arange(size), range(top.ndim - 1)) for size in (height, width))
     in_rows = (top <= rows) & (rows < bottom)
     in_columns = (left <= columns) & (columns < right)
     return in_rows[..., :, None] & in_columns[..., None, :]

@@ -25,7 +25,7 @@ class Targets(NamedTuple):
 
     def dense(self, num_classes: int) -> Array:
         """The same as float32 (batch, num_classes)."""
-        every = jnp.arange(num_classes)
+        every = jnp.arange(num_classes)[None]
 
         def add(dense: Array, named: tuple[Array, Array]) -> tuple[Array, None]:
             classes, excess = named

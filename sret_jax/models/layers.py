@@ -44,6 +44,14 @@ def zero_padded(x: jax.Array, *shape: int) -> jax.Array:
     return jnp.pad(x, missing) if shape != x.shape else x
 
 
+def beside(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector of channels, (channels,), with as many axes as x, (..., channels), to add it or multiply with it.
+
+    JAX would add the axes itself, but for those who forbid it by `jax_numpy_rank_promotion`.
+    """
+    return jax.lax.expand_dims(vector, range(x.ndim - vector.ndim))
+
+
 def padded_channels(channels: int, multiple: int) -> int:
     """So many channels, rounded up to a multiple."""
     return -(-channels // multiple) * multiple
@@ -93,7 +101,7 @@ class Dense(nn.Module):
     def add_bias(self, y: jax.Array, gain: jax.Array | None = None) -> jax.Array:
         """What `multiply` leaves out."""
         bias = self.bias if gain is None else gain * self.bias
-        return y + zero_padded(bias.astype(self.dtype), self._padded_features)
+        return y + beside(zero_padded(bias.astype(self.dtype), self._padded_features), y)
 
     @property
     def _padded_features(self) -> int:
@@ -187,18 +195,19 @@ class BatchNorm(nn.Module):
         batches = self.variable("batch_stats", "batches", jnp.zeros, (), jnp.int32)
 
         def widened(array: jax.Array) -> jax.Array:
-            return zero_padded(array, x.shape[-1])
+            return beside(zero_padded(array, x.shape[-1]), x)
 
         if train:
             axes = tuple(range(x.ndim - 1))
             mean = x.mean(axes, dtype=jnp.float32)
-            var = jnp.square(x.astype(jnp.float32) - mean).mean(axes)
+            var = jnp.square(x.astype(jnp.float32) - beside(mean, x)).mean(axes)
             if not self.is_initializing():
                 count = x.size // x.shape[-1]
                 unbiased = var[:channels] * (count / max(count - 1, 1))
                 running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean[:channels]
                 running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
                 batches.value += 1
+            mean, var = beside(mean, x), beside(var, x)
         else:
             mean, var = widened(running_mean.value), widened(running_var.value)
 
@@ -255,7 +264,8 @@ class HalvingConvolution(nn.Module):
         bias = self.param("bias", bias_init(9 * self.channels), (self.features,), jnp.float32)
         padded = padded_channels(self.features, self.multiple)
         kernel = zero_padded(kernel.astype(self.dtype), 3, 3, x.shape[-1], padded)
-        return self.convolve(x, kernel) + zero_padded(bias.astype(self.dtype), padded)
+        y = self.convolve(x, kernel)
+        return y + beside(zero_padded(bias.astype(self.dtype), padded), y)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -310,7 +320,8 @@ class Pool(nn.Module):
         kernel = self.param("kernel", bias_init(9), (3, 3, 1, self.features), jnp.float32)
         bias = self.param("bias", bias_init(9), (self.features,), jnp.float32)
         convolve = _convolve if self.platform == "tpu" else _convolve_slices
-        return convolve(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype))
+        return y + beside(bias.astype(self.dtype), y)
 
 
 def _convolve_slices(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -325,7 +336,9 @@ def _convolve_slices(x: jax.Array, kernel: jax.Array) -> jax.Array:
         for top, left in itertools.product(range(3), repeat=2)
     ]
     # One sum for each m: with m as an axis of the factors, all nine are written out as often as there are m.
-    sums = [sum(map(jnp.multiply, shifted, weights[..., m])) for m in range(weights.shape[-1])]
+    sums = [
+        sum(x * beside(w, x) for x, w in zip(shifted, weights[..., m], strict=True)) for m in range(weights.shape[-1])
+    ]
     return jnp.stack(sums, axis=-1).reshape(batch, out_height, out_width, -1)
 
 

@@ -182,7 +182,7 @@ class SReT(nn.Module):
         self._check_images(images)
         self._check_dropout_rng(train)
         stage_permutations = self._stage_permutations(permutations, train)
-        x = self.stem(images, train) + self.pos_embed.astype(self.dtype)
+        x = self.stem(images, train) + self.pos_embed.astype(self.dtype)[None]
         x = self.pos_drop(x, deterministic=not train)
         for s, stage in enumerate(self.stages):
             if s:

@@ -29,6 +29,7 @@ SMALL = {
     "scan_unroll": False,
 }
 DROPPING = {"drop_path_rate": 0.4, "drop_rate": 0.2, "attn_drop_rate": 0.2}
+TWO_STAGES = {"widths": (8, 16), "heads": (2, 2), "blocks": (2, 1), "recursions": (2, 2), "slices": ((4, 2), (1, 1))}
 WAYS_TO_RUN = [{"scan_unroll": unroll, "remat": remat} for unroll in (False, True) for remat in (False, True)]
 WAYS_TO_RUN += [
     {"attention": "xla", "platform": "gpu"},
@@ -743,3 +744,25 @@ def test_a_network_is_traced_once_for_its_variables_and_their_shapes(monkeypatch
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), again) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), shapes
     )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"platform": "gpu"}, {"attention": "xla", "dtype": "bfloat16"}, {"attention": "pallas", "mlp": "pallas"}],
+)
+def test_no_array_gains_axes_by_itself(fields):
+    model = _small(**TWO_STAGES, **DROPPING, **fields)
+    images, key = jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32), jax.random.key(0)
+
+    def loss(params: Any, variables: Any, images: jax.Array) -> jax.Array:
+        rngs = {"dropout": key, "permutation": key}
+        logits, _ = model.apply({**variables, "params": params}, images, train=True, rngs=rngs, mutable="batch_stats")
+        return logits.sum()
+
+    with jax.numpy_rank_promotion("raise"):
+        variables = jax.eval_shape(model.init, key, images)
+        logits = jax.eval_shape(model.apply, variables, images)
+        features = jax.eval_shape(functools.partial(model.apply, method="features"), variables, images)
+        gradients = jax.eval_shape(jax.grad(loss), variables["params"], variables, images)
+    assert (logits.shape, features.shape) == ((2, 5), (2, 16))
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, variables["params"])

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -357,3 +358,23 @@ def test_networks_programs_are_compiled_with_their_options_which_keep_barriers(m
     assert asked == [("cpu", True), ("cpu", False)]
     found = [given[name]["compiler_options"] for name in ("train_step", "eval_step")]
     assert [barriers(options) for options in found] == [1, 1]
+
+
+def test_no_array_of_a_step_gains_axes_by_itself():
+    mesh, optimizer = make_mesh({"data": -1}, ROWS, jax.devices()[:2]), adamw(LEARNING_RATE, weight_decay=0.05)
+    mixing = dataclasses.replace(AUGMENTATION, partner="permuted")
+    soft = Augmentation(mixup=0.8, soft_labels="marginal_smoothing")
+    labels = random_batch(0)
+    few = {
+        "image": labels["image"],
+        "classes": jax.ShapeDtypeStruct((ROWS, 3), np.int32),
+        "probabilities": jax.ShapeDtypeStruct((ROWS, 3), np.float16),
+    }
+    masked = {**labels, "mask": jax.ShapeDtypeStruct((ROWS,), bool)}
+    with jax.numpy_rank_promotion("raise"):
+        state = abstract_state(MODEL, optimizer, mesh)
+        for augmentation, batch in ((AUGMENTATION, labels), (mixing, labels), (soft, few)):
+            step = make_train_step(MODEL, optimizer, lambda _: LEARNING_RATE, augmentation, 0, mesh, accumulation=2)
+            assert jax.tree.map(jnp.shape, step.eval_shape(state, batch)[0]) == jax.tree.map(jnp.shape, state)
+        sums = make_eval_step(MODEL, mesh).eval_shape(state.variables, masked)
+    assert all(value.shape == () for value in sums.values())
