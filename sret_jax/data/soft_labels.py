@@ -16,6 +16,7 @@ from sret_jax.data.sources import Source
 from sret_jax.errors import UserError, brief
 from sret_jax.files import replace
 from sret_jax.weights.torch_file import load_torch_content
+from sret_jax.weights.torch_pickle import Placeholder
 from sret_jax.weights.torch_writer import torch_list_content
 
 # Of a box's end, and of the sum of probabilities, in float16.
@@ -324,11 +325,16 @@ def write_label_file(path: Path, labels: SoftLabels, label_type: LabelType, *, d
     replace(path, torch_list_content([labels.boxes.astype(dtype), labels.flips, stored]))
 
 
+def _kind(value: Any) -> str:
+    """What a value of a pickle is, for a message; of what stands for something unknown, its name."""
+    return brief(value.name) if isinstance(value, Placeholder) else f"a {type(value).__name__}"
+
+
 def _from_authors(contents: Any, label_type: LabelType, num_classes: int) -> SoftLabels:
     if not (isinstance(contents, list | tuple) and len(contents) == 3):
-        raise ValueError(f"it is a {type(contents).__name__}, expected a list of boxes, flips and labels")
+        raise ValueError(f"it is {_kind(contents)}, expected a list of boxes, flips and labels")
     if not all(isinstance(part, np.ndarray) for part in contents):
-        raise ValueError(f"its parts are {[type(part).__name__ for part in contents]}, expected three arrays")
+        raise ValueError(f"its parts are {', '.join(map(_kind, contents))}, expected three arrays")
     boxes, flips, stored = contents
     if boxes.dtype not in (np.float16, np.float32) or boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"its boxes are {boxes.dtype} {boxes.shape}, expected float32 or float16 (crops, 4)")

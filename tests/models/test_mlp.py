@@ -130,8 +130,9 @@ def test_a_field_of_the_network_overrides_what_is_fastest() -> None:
 
 
 def test_each_stage_takes_kernels_if_its_largest_mlp_fits() -> None:
-    assert _kernels(platform="tpu", mlp_ratio=0.5, nll_ratio=3e6) == 0  # too large a projection layer
-    assert _kernels(platform="tpu", mlp_ratio=3e6, nll_ratio=0.5) == 0
+    assert _kernels(platform="tpu", widths=(512,), mlp_ratio=0.5, nll_ratio=0.5) == 4
+    assert _kernels(platform="tpu", widths=(512,), mlp_ratio=0.5, nll_ratio=200.0) == 0  # too large a projection layer
+    assert _kernels(platform="tpu", widths=(512,), mlp_ratio=200.0, nll_ratio=0.5) == 0
     assert _kernels(platform="tpu", widths=(512,), mlp_ratio=3.0) == 0
     assert _kernels(platform="tpu", widths=(512,), mlp_ratio=3.0, dtype="bfloat16") == 4
     two = {"heads": (2, 2), "blocks": (1, 1), "recursions": (1, 1), "slices": ((1, 1), (1, 1))}

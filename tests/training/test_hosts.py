@@ -155,8 +155,8 @@ def test_two_hosts_evaluate_every_image_once(two_of_two):
 
 def test_hosts_whose_images_differ_are_refused_on_all(start, folder):
     for host, names in enumerate((("1", "2", "3"), ("1", "2", "4"))):
-        for split, name in itertools.product(("train", "val"), names):
-            image = folder / f"images_of_{host}" / split / "a" / f"{name}.png"
+        for split, name, of in itertools.product(("train", "val"), names, "ab"):
+            image = folder / f"images_of_{host}" / split / of / f"{name}.png"
             image.parent.mkdir(parents=True, exist_ok=True)
             image.write_bytes(b"")
     splits = ("--config.data.train_split=train", "--config.data.eval_split=val", "--config.batch_size=2")
