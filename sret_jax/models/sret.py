@@ -16,6 +16,7 @@ from sret_jax.errors import UserError, brief
 from sret_jax.models import attention, mlp
 from sret_jax.models.layers import Dense, Pool, Stem, layer_norm
 from sret_jax.models.recursion import Stage
+from sret_jax.models.sharding import on_auto_axes
 
 # Above this many applications of blocks, scans stay rolled unless told otherwise: the published networks have 20.
 MOST_UNROLLED_APPLICATIONS = 64
@@ -172,14 +173,25 @@ class SReT(nn.Module):
         Raises:
           UserError: images or permutations of another shape or dtype, or a missing rng.
         """
-        x = self.features(images, train=train, permutations=permutations)
-        return self.head(x) if self.num_classes else x
+
+        def classify(model: SReT, images: jax.Array, permutations: Permutations | None) -> jax.Array:
+            x = model.features(images, train=train, permutations=permutations)
+            return model.head(x) if model.num_classes else x
+
+        return on_auto_axes(classify, self, (images, permutations))
 
     def features(
         self, images: jax.Array, *, train: bool = False, permutations: Permutations | None = None
     ) -> jax.Array:
         """What the head sees: float32 (batch, widths[-1]), after the last norm. Arguments as in a call."""
+
+        def compute(model: SReT, images: jax.Array, permutations: Permutations | None) -> jax.Array:
+            return model._features(images, train, permutations)
+
         self._check_images(images)
+        return on_auto_axes(compute, self, (images, permutations))
+
+    def _features(self, images: jax.Array, train: bool, permutations: Permutations | None) -> jax.Array:
         self._check_dropout_rng(train)
         stage_permutations = self._stage_permutations(permutations, train)
         x = self.stem(images, train) + self.pos_embed.astype(self.dtype)[None]
