@@ -13,6 +13,7 @@ from sret_jax.models.fused_attention import fused_attention
 from sret_jax.models.layers import (
     CHANNELS_OF_GPUS,
     Dense,
+    can_be_cut,
     largest_divisor,
     matmul_precision,
     padded_channels,
@@ -39,7 +40,7 @@ class SlicedAttention(nn.Module):
       attn_drop_rate: dropout on attention weights; where it is active, `implementation` is not asked.
       drop_rate: dropout behind the output projection.
       dtype: compute dtype.
-      implementation: a key of `IMPLEMENTATIONS`.
+      implementation: a key of `IMPLEMENTATIONS`; of a batch that cannot be cut, "xla" computes it.
       platform: whose compiler the products are written for, see `Dense`.
     """
 
@@ -87,7 +88,8 @@ class SlicedAttention(nn.Module):
             qkv = layer.qkv.add_bias(y)
             if train and self.attn_drop_rate > 0:
                 return _attend_whole(qkv, self.heads, groups, functools.partial(layer.attn_drop, deterministic=False))
-            return IMPLEMENTATIONS[self.implementation](qkv, self.heads, groups)
+            implementation = self.implementation if can_be_cut(qkv.shape[0]) else "xla"
+            return IMPLEMENTATIONS[implementation](qkv, self.heads, groups)
 
         y = recomputed_on_cpus(project, self.platform)(self, x)
         x = recomputed_on_cpus(attended, self.platform)(self, y)

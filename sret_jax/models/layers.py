@@ -33,6 +33,14 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
+def can_be_cut(batch: int) -> bool:
+    """Whether a batch has a known number of images above 0, as what computes some of them at a time needs it.
+
+    A program that `jax.export` makes for any batch has a symbol in its place.
+    """
+    return isinstance(batch, int) and batch > 0
+
+
 def largest_divisor(count: int, limit: int) -> int:
     """The largest divisor of `count` up to `limit`, at least 1."""
     return max(k for k in range(1, count + 1) if count % k == 0 and (k == 1 or k <= limit))
@@ -300,7 +308,7 @@ def _convolve_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
     patches = jnp.concatenate([taken(dy, dx) for dy in range(3) for dx in range(3)], axis=-1)
     patches = jax.lax.optimization_barrier(patches.reshape(-1, 9 * channels))
     y = jnp.dot(patches, kernel.reshape(9 * channels, -1), precision=matmul_precision(x.dtype))
-    return y.reshape(batch, out_height, out_width, -1)
+    return y.reshape(batch, out_height, out_width, kernel.shape[-1])
 
 
 class Pool(nn.Module):
@@ -339,7 +347,7 @@ def _convolve_slices(x: jax.Array, kernel: jax.Array) -> jax.Array:
     sums = [
         sum(x * beside(w, x) for x, w in zip(shifted, weights[..., m], strict=True)) for m in range(weights.shape[-1])
     ]
-    return jnp.stack(sums, axis=-1).reshape(batch, out_height, out_width, -1)
+    return jnp.stack(sums, axis=-1).reshape(batch, out_height, out_width, kernel.shape[-1])
 
 
 def draw_branch_scales(key: jax.Array, rate: jax.Array | float, shape: tuple[int, ...]) -> jax.Array:

@@ -9,6 +9,7 @@ from sret_jax.models import fused_mlp
 from sret_jax.models.layers import (
     CHANNELS_OF_GPUS,
     Dense,
+    can_be_cut,
     layer_norm,
     normal_cdf,
     recomputed_on_cpus,
@@ -24,7 +25,8 @@ class MLP(nn.Module):
       width: of the tokens.
       hidden: channels between the linear layers.
       norm: what tokens pass first.
-      drop_rate: dropout; where it is active, and in initialising, `implementation` is not asked.
+      drop_rate: dropout; where it is active, in initialising, and for a batch that cannot be cut, `implementation` is
+        not asked.
       dtype: compute dtype.
       implementation: one of `IMPLEMENTATIONS`. "xla" keeps the first product for the backward pass.
       platform: whose compiler the products are written for, see `Dense`.
@@ -52,7 +54,8 @@ class MLP(nn.Module):
 
         `keep` and `gain` are float32 scalars, `scales` those of stochastic depth, float32 (b,), None for none.
         """
-        if self.implementation == "pallas" and not (train and self.drop_rate > 0) and not self.is_initializing():
+        drops = train and self.drop_rate > 0
+        if self.implementation == "pallas" and not drops and not self.is_initializing() and can_be_cut(x.shape[0]):
             return self._fused(x, keep, gain, scales)
 
         def expand(mlp: MLP, x: jax.Array) -> jax.Array:
