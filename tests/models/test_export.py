@@ -64,7 +64,7 @@ def test_a_network_as_it_is_by_default_is_exported_for_any_batch_and_so_is_its_g
     assert str(exported.out_avals[0].shape) == "(batch, 3)"
 
 
-@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("batch", [1, 3])  # JAX takes a symbolic size for at least 1
 def test_an_exported_program_computes_what_the_network_does(variables, batch):
     model = sret_jax.SReT(**FIELDS)
     exported = for_any_batch(model.apply, variables, "cpu")
