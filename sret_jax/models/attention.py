@@ -1,7 +1,7 @@
 """Sliced group self-attention (paper, section 3.4): attention inside runs of the token sequence."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sret_jax.models.fused_attention import fused_attention
+from sret_jax.models.fused_attention import fits, fused_attention
 from sret_jax.models.layers import (
     CHANNELS_OF_GPUS,
     Dense,
@@ -230,11 +230,29 @@ same, a few slices, heads and images at a time, for CPUs; "pallas": a fused kern
 bfloat16 on GPUs."""
 
 
-def fastest(platform: str, head_width: int, dtype: DTypeLike) -> str:
-    """The key of `IMPLEMENTATIONS` that is fastest on devices of a platform, "cpu", "gpu" or "tpu"."""
-    if platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and head_width <= _CUDNNS_WIDEST_HEAD and _has_cudnn():
+def fastest(platform: str, tokens: int, width: int, heads: int, slices: Sequence[int], dtype: DTypeLike) -> str:
+    """The key of `IMPLEMENTATIONS` that is fastest on devices of a platform.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      tokens: of an image.
+      width: of the tokens.
+      heads: a divisor of the width.
+      slices: the numbers of groups that tokens are cut into.
+      dtype: compute dtype.
+    """
+    if platform == "cpu":
+        return "pieces"
+    if platform == "tpu" and all(fits(tokens, width, heads, groups, dtype) for groups in slices):
+        return "pallas"
+    if (
+        platform == "gpu"
+        and jnp.dtype(dtype) == jnp.bfloat16
+        and width // heads <= _CUDNNS_WIDEST_HEAD
+        and _has_cudnn()
+    ):
         return "cudnn"
-    return {"cpu": "pieces", "tpu": "pallas"}.get(platform, "xla")
+    return "xla"
 
 
 def _has_cudnn() -> bool:

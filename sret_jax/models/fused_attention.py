@@ -14,18 +14,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sret_jax.models.layers import largest_divisor
 from sret_jax.models.tpu_kernels import (
     LANES,
     ROWS,
     VMEM_BYTES,
+    block_bytes,
     for_each_tile,
+    held_bytes,
     image_block,
     images_in_program,
     moved_bytes,
     on_each_device,
     product,
+    vector_memory,
 )
 
 # Of the float32 scores of some queries with all keys; a few arrays of this size are held at a time.
@@ -34,6 +38,38 @@ _MOST_QUERIES = 256
 # Code is written out for each run of an image. Where there are more, each becomes an image of its own, which may cost
 # a copy; so do long ones that do not start with a register, because a loop over their queries needs to know.
 _MOST_RUNS = 16
+
+
+# What the backward kernel holds, the larger of the two, as the compiler counts it: arrays of scores, and how many times
+# as much as keys and values they take in float32, of which a TPU multiplies three parts of bfloat16.
+_SCORES_HELD = 5
+_FLOAT32_HELD = 2.5
+_MOST_OF_MEMORY = 15 / 16
+
+
+def fits(tokens: int, width: int, heads: int, groups: int, dtype: DTypeLike) -> bool:
+    """Whether the kernels have room in the vector memory of the TPU that they are compiled for.
+
+    An estimate: of the published networks' shapes at 224 and 384 pixels, it tells apart those that the compiler takes
+    and refuses for a v4. Of long sequences it counts more than the compiler does, so it is compared with all of the
+    chip's memory. For a v5e that takes all shapes at 512 pixels, as the compiler does, and `sret_s_wo_slice` in float32
+    up to 640.
+
+    Args:
+      tokens: of an image.
+      width: channels.
+      heads: a divisor of the width.
+      groups: a divisor of the tokens.
+      dtype: of queries, keys and values.
+    """
+    plan, runs = _plan(tokens, width, heads, groups, False)
+    rows = plan.run if _is_cut(plan, runs) else tokens
+    blocks = block_bytes([(rows, 3 * width), (rows, width), (rows, 3 * width)], dtype)
+    parts = _FLOAT32_HELD if jnp.dtype(dtype) == jnp.float32 else 1
+    keys_and_values = parts * 2 * (plan.chunk // (width // heads)) * held_bytes((plan.run, plan.chunk), dtype)
+    gradients = 4 * held_bytes((plan.run, plan.chunk), jnp.float32)
+    scores = _SCORES_HELD * held_bytes((plan.run, plan.queries), jnp.float32)
+    return blocks + keys_and_values + gradients + scores <= _MOST_OF_MEMORY * vector_memory()
 
 
 def fused_attention(qkv: jax.Array, heads: int, groups: int, *, interpret: bool = False) -> jax.Array:
@@ -52,12 +88,9 @@ def fused_attention(qkv: jax.Array, heads: int, groups: int, *, interpret: bool 
       inputs are multiplied in float32, bfloat16 ones in bfloat16 with float32 sums.
     """
     batch, tokens, features = qkv.shape
-    slice_tokens = tokens // groups
-    run = slice_tokens * largest_divisor(groups, LANES // slice_tokens)
-    plan = _Plan(heads, slice_tokens, run, features // 3, interpret)
-    runs = tokens // run
-    if runs > _MOST_RUNS or (run // plan.queries > 1 and run % ROWS):
-        return _attention(qkv.reshape(batch * runs, run, features), plan).reshape(batch, tokens, features // 3)
+    plan, runs = _plan(tokens, features // 3, heads, groups, interpret)
+    if _is_cut(plan, runs):
+        return _attention(qkv.reshape(batch * runs, plan.run, features), plan).reshape(batch, tokens, features // 3)
     return _attention(qkv, plan)
 
 
@@ -102,6 +135,18 @@ class _Plan:
     def scale(self) -> float:
         """Of the scores."""
         return (self.width // self.heads) ** -0.5
+
+
+def _plan(tokens: int, width: int, heads: int, groups: int, interpret: bool) -> tuple[_Plan, int]:
+    """How to go over an image, and how many runs it has."""
+    slice_tokens = tokens // groups
+    run = slice_tokens * largest_divisor(groups, LANES // slice_tokens)
+    return _Plan(heads, slice_tokens, run, width, interpret), tokens // run
+
+
+def _is_cut(plan: _Plan, runs: int) -> bool:
+    """Whether each run of an image is taken for an image."""
+    return runs > _MOST_RUNS or (plan.run // plan.queries > 1 and plan.run % ROWS != 0)
 
 
 def _head_masks(plan: _Plan) -> list[jax.Array]:

@@ -140,7 +140,10 @@ class SReT(nn.Module):
                 drop_rate=self.drop_rate,
                 attn_drop_rate=self.attn_drop_rate,
                 dtype=self.dtype,
-                attention=self.attention or attention.fastest(platform, self.widths[s] // self.heads[s], self.dtype),
+                attention=self.attention
+                or attention.fastest(
+                    platform, self.grid_sizes[s] ** 2, self.widths[s], self.heads[s], self.slices[s], self.dtype
+                ),
                 mlp=self.mlp or mlp.fastest(platform, self.widths[s], int(self.widths[s] * largest_ratio), self.dtype),
                 platform=platform,
                 remat=self.remat,

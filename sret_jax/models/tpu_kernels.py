@@ -1,7 +1,9 @@
 """What kernels for TPUs share: the sizes of the hardware, blocks of a batch, products, and a kernel on many devices."""
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,10 +14,35 @@ from sret_jax.models.layers import largest_divisor, matmul_precision
 
 LANES = 128  # of a TPU's registers, and the side of its matrix unit
 ROWS = 16  # of bfloat16 in a register
-VMEM_BYTES = 64 << 20  # of a chip's vector memory that a kernel may take
+VMEM_BYTES = 64 << 20  # of a chip's vector memory that a kernel may take, where there is as much
+
+# Vector memory of a v5e, and of chips with less, by JAX's `device_kind`.
+_VECTOR_MEMORY = 128 << 20
+_SMALLER_VECTOR_MEMORY = {kind: 16 << 20 for kind in ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")}
 
 # Of what a program holds of its images; everything is held twice, while the next images are on their way.
 _BLOCK_BYTES = 2 << 20
+
+
+_device_kind = contextvars.ContextVar[str | None]("device_kind", default=None)
+
+
+@contextlib.contextmanager
+def traced_for(device: jax.Device) -> Iterator[None]:
+    """Tells what is traced in this context that it is compiled for such a device, which need not be there."""
+    token = _device_kind.set(device.device_kind)
+    try:
+        yield
+    finally:
+        _device_kind.reset(token)
+
+
+def vector_memory() -> int:
+    """Bytes of vector memory: of the TPU of `traced_for`, else of this process's, else of a v5e."""
+    kind = _device_kind.get()
+    if kind is None and jax.default_backend() == "tpu":
+        kind = jax.local_devices()[0].device_kind
+    return _SMALLER_VECTOR_MEMORY.get(kind or "", _VECTOR_MEMORY)
 
 
 def held_bytes(shape: Sequence[int], dtype: Any) -> int:
@@ -27,6 +54,11 @@ def images_in_program(arrays: Sequence[jax.Array | jax.ShapeDtypeStruct]) -> int
     """How many images of some arrays (b, n, any) a program takes; a divisor of b."""
     each = sum(held_bytes(array.shape[1:], array.dtype) for array in arrays)
     return largest_divisor(arrays[0].shape[0], _BLOCK_BYTES // each)
+
+
+def block_bytes(shapes: Sequence[Sequence[int]], dtype: Any) -> int:
+    """The most that a program holds of arrays (b, *shape) of its images, all of them twice."""
+    return 2 * max(_BLOCK_BYTES, sum(held_bytes(shape, dtype) for shape in shapes))
 
 
 def parts_of_image(tokens: int, width: int, dtype: Any, arrays: int) -> int:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from sret_jax.errors import UserError
 from sret_jax.models.cost import count_macs
 from sret_jax.models.sret import SReT
+from sret_jax.models.tpu_kernels import traced_for
 from sret_jax.plan.collectives import Collectives, find_collectives
 from sret_jax.plan.devices import Target
 from sret_jax.plan.hlo import main_memory_bytes
@@ -200,11 +201,12 @@ def _lowered_step(
     """The train step of a config, traced for a mesh of these devices, and its model."""
     model = make_model(_for_platform(config, devices[0].platform), classes)
     mesh = make_mesh(config.mesh, config.batch_size, devices)
-    step, state = make_training(config, model, epoch_steps, mesh)
-    batch = abstract_batch(
-        mesh, config.batch_size, model.image_size, soft_classes=soft_classes(config, model.num_classes)
-    )
-    return step.lower(state, batch), model
+    with traced_for(devices[0]):
+        step, state = make_training(config, model, epoch_steps, mesh)
+        batch = abstract_batch(
+            mesh, config.batch_size, model.image_size, soft_classes=soft_classes(config, model.num_classes)
+        )
+        return step.lower(state, batch), model
 
 
 def _for_platform(config: ConfigDict, platform: str) -> ConfigDict:

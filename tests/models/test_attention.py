@@ -93,7 +93,9 @@ def test_cudnn_is_given_padded_heads_and_an_even_number_of_tokens(monkeypatch, t
 
 
 def test_the_fastest_implementation_is_chosen_by_platform_and_overridden_by_a_field() -> None:
-    chosen = {platform: attention.fastest(platform, 32, jnp.bfloat16) for platform in ("cpu", "gpu", "tpu")}
+    chosen = {
+        platform: attention.fastest(platform, 784, 64, 2, (8, 2), jnp.bfloat16) for platform in ("cpu", "gpu", "tpu")
+    }
     assert chosen == {"cpu": "pieces", "gpu": "xla", "tpu": "pallas"}
     assert _has_kernels(platform="tpu")
     assert not _has_kernels(platform="gpu")
@@ -116,8 +118,8 @@ def test_the_fastest_implementation_is_chosen_by_platform_and_overridden_by_a_fi
 def test_cudnn_is_chosen_where_it_can_attend(monkeypatch, capability: str, head_width: int, dtype, chosen: str) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
-    assert attention.fastest("gpu", head_width, dtype) == chosen
-    assert attention.fastest("cpu", head_width, dtype) == "pieces"
+    assert attention.fastest("gpu", 784, 2 * head_width, 2, (1, 1), dtype) == chosen
+    assert attention.fastest("cpu", 784, 2 * head_width, 2, (1, 1), dtype) == "pieces"
 
 
 def _has_kernels(**fields: str) -> bool:

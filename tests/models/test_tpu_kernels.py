@@ -1,16 +1,18 @@
 """The compiler for TPUs takes the kernels as they are called by every published network."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sret_jax.models.fused_attention import fused_attention
+from sret_jax.models import attention
+from sret_jax.models.fused_attention import fits, fused_attention
 from sret_jax.models.fused_mlp import fused_mlp, weights_fit
 from sret_jax.models.layers import largest_divisor
-from sret_jax.models.tpu_kernels import held_bytes, images_in_program, parts_of_image
+from sret_jax.models.tpu_kernels import held_bytes, images_in_program, parts_of_image, traced_for
 from sret_jax.plan.devices import find_target
 from sret_jax.training.mesh import make_mesh
 from tests.models import test_fused_attention, test_fused_mlp
@@ -30,8 +32,48 @@ def test_a_program_takes_as_many_images_as_fit_and_divide_the_batch():
     assert [largest_divisor(12, limit) for limit in (0, 1, 5, 12, 100)] == [1, 1, 4, 12, 12]
 
 
-# A v4 has the least vector memory, too little for attention in float32 or of larger images. Its smallest slice has four
-# chips, of which one is taken.
+V4, V5E = types.SimpleNamespace(device_kind="TPU v4"), types.SimpleNamespace(device_kind="TPU v5 lite")
+
+
+# Tokens, width, heads and groups, and the MB of 16 that the compiler counts on a v4; None where they are enough.
+@pytest.mark.parametrize(
+    ("shape", "dtype", "counted"),
+    [
+        ((784, 64, 2, 1), "float32", None),
+        ((784, 126, 3, 1), "float32", 16.22),
+        ((784, 126, 3, 2), "float32", None),
+        ((784, 126, 3, 1), "bfloat16", None),
+        ((196, 252, 6, 1), "float32", None),
+        ((576, 252, 6, 1), "bfloat16", None),
+        ((576, 252, 6, 1), "float32", 16.66),
+        ((2304, 64, 2, 1), "bfloat16", 23.42),
+        ((2304, 64, 2, 2), "bfloat16", None),
+        ((2304, 64, 2, 2), "float32", 25.28),
+        ((2304, 126, 3, 2), "bfloat16", 18.96),
+        ((2304, 126, 3, 8), "bfloat16", None),
+    ],
+)
+def test_attentions_kernels_are_chosen_where_the_chip_has_room_for_them(shape, dtype, counted):
+    tokens, width, heads, groups = shape
+    with traced_for(V4):
+        expected = "pallas" if counted is None else "xla"
+        assert attention.fastest("tpu", tokens, width, heads, (groups, groups), dtype) == expected
+        # all applications of a stage are computed alike
+        assert attention.fastest("tpu", tokens, width, heads, (groups, 1), dtype) != "pallas" or fits(
+            tokens, width, heads, 1, dtype
+        )
+    with traced_for(V5E):
+        assert fits(*shape, dtype)
+
+
+def test_images_beyond_any_tpus_vector_memory_leave_attention_to_xla():
+    with traced_for(V5E):
+        assert fits(64**2, 126, 3, 1, "float32")  # 512 pixels
+        assert not fits(160**2, 126, 3, 1, "float32")  # 1280 pixels
+        assert attention.fastest("tpu", 160**2, 126, 3, (1, 1), "float32") == "xla"
+
+
+# A v4 has the least vector memory. Its smallest slice has four chips, of which one is taken.
 @pytest.mark.by_hand
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v4:2x2x1"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -41,9 +83,10 @@ def test_the_compiler_takes_every_shape_of_the_zoo(image_size, dtype, topology):
         if weights_fit(width, hidden, dtype):
             *arguments, grad = jax.eval_shape(functools.partial(test_fused_mlp.draw, 8, tokens, width, hidden, dtype))
             compile_for_tpus(topology, functools.partial(fused_mlp, epsilon=1e-6), grad, *arguments)
-    if topology.startswith("v4") and (image_size, dtype) != (224, "bfloat16"):
-        return
     for tokens, width, heads, groups in test_fused_attention.zoo_shapes(image_size):
+        with traced_for(find_target(topology).devices[0]):
+            if not fits(tokens, width, heads, groups, dtype):
+                continue
         qkv, grad = (jax.ShapeDtypeStruct((8, tokens, k * width), dtype) for k in (3, 1))
         compile_for_tpus(topology, functools.partial(fused_attention, heads=heads, groups=groups), grad, qkv)
 
