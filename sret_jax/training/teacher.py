@@ -38,6 +38,9 @@ _MOST_CONSTANT = 1 << 20
 Function = Callable[[jax.Array], jax.Array]
 Apply = Callable[[Any, jax.Array], Any]
 
+# What a jitted part has as its parameter where it is inlined; newer versions of JAX have several ways.
+_INLINE = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
+
 
 class Teacher(NamedTuple):
     """A network that does not change.
@@ -278,7 +281,7 @@ def _trace(function: Function, images: jax.ShapeDtypeStruct) -> ClosedJaxpr:
     # A jitted part has constants of its own until it is inlined.
     while any(equation.primitive is jit_p for equation in closed.eqns):
         equations = [
-            equation.replace(params={**equation.params, "inline": True}) if equation.primitive is jit_p else equation
+            equation.replace(params={**equation.params, "inline": _INLINE}) if equation.primitive is jit_p else equation
             for equation in closed.eqns
         ]
         inlined = closed.replace(jaxpr=closed.jaxpr.replace(eqns=equations))

@@ -153,7 +153,7 @@ _LONGEST_NAME = 7  # in parts
 @functools.cache
 def _official_forms() -> frozenset[str]:
     """The official names, with # for the number of a stage, block or pooling."""
-    return frozenset(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name, _ in _places(create_model("sret_t")))
+    return frozenset(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name, _ in _places(SReT()))
 
 
 def shapes_of(state_dict: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
