@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from sret_jax import UserError
+from sret_jax.models.compiler import compiler_options
 from sret_jax.plan.collectives import Collectives
 from sret_jax.plan.devices import Chip, Target, find_target
 from sret_jax.plan.program import (
@@ -42,8 +43,14 @@ def config(batch_size=BATCH):
     return config
 
 
+@pytest.fixture(scope="module", autouse=True)
+def options_known():
+    """XLA is asked for its options by programs of their own, which are none of a plan's."""
+    compiler_options(train=True)
+
+
 @pytest.fixture(scope="module")
-def compiled_and_planned():
+def compiled_and_planned(options_known):
     """What the compiler returned, and what the plan makes of it."""
     returned = []
     compile_lowered = jax.stages.Lowered.compile
