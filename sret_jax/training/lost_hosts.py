@@ -22,12 +22,14 @@ _SIGNS = re.compile(
     re.IGNORECASE,
 )
 
-# Passes on what it reads until JAX's threads see another process gone, which end this one and print where it was.
+# Passes on what it reads until JAX's threads see another process gone. They warn, end this one and print where it was.
 _FILTER = """
 import os, re, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-sign = re.compile(rb"coordination_service_agent.cc|JAX distributed service detected fatal errors")
+sign = re.compile(
+    rb"coordination_service_agent.cc|JAX distributed service detected fatal errors|Failed to retrieve preemption notice"
+)
 line_of_ours, kept, lost, said = sys.argv[1].encode(), b"", False, False
 while block := os.read(0, 1 << 16):
     *lines, kept = (kept + block).split(b"\\n")

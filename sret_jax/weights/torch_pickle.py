@@ -271,7 +271,12 @@ def _global(machine: _Machine, argument: str) -> None:
 
 
 def _named(argument: str) -> Placeholder:
-    """The name in an argument of `pickletools`, which puts a space between its parts."""
+    """The name in an argument of `pickletools`, which puts a space between its parts.
+
+    Pickles of PyTorch's protocol write ASCII there; whether `pickletools` reads more depends on its version.
+    """
+    if not argument.isascii():
+        raise RefusedError(f"its pickle is damaged (a name that is not ASCII: {shown(argument)})")
     return Placeholder(argument.replace(" ", ".", 1))
 
 

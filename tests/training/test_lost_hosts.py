@@ -14,6 +14,10 @@ FATAL = (
     "F1128 05:39:35 8013 client.h:80] Terminating process because the JAX distributed service detected fatal errors.\\n"
     "*** Check failure stack trace: ***\\n    @     0x7f2eb5840634  absl\\n"
 )
+WARNING = (
+    "W1128 09:30:17 31568 preemption_sync_manager.cc:147] Failed to retrieve preemption notice from coordination "
+    "service: UNAVAILABLE: failed to connect\\nAdditional GRPC error information from remote target\\n"
+)
 
 
 def run(body, *, processes=2):
@@ -38,6 +42,7 @@ os.write(2, b"after\\n")
         f"os.write(2, b'{FATAL}'); os.abort()",
         "raise ValueError('UNKNOWN: Gloo all-reduce failed: Read error: Connection reset by peer')",
         f"os.write(2, b'{FATAL}'); raise ValueError('UNKNOWN: Gloo all-reduce failed')",
+        f"os.write(2, b'{WARNING}'); raise ValueError('UNKNOWN: Gloo all-reduce failed')",
     ],
 )
 def test_one_line_comes_last_and_alone(body):
