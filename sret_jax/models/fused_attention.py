@@ -40,9 +40,12 @@ _MOST_QUERIES = 256
 _MOST_RUNS = 16
 
 
-# What the backward kernel holds, the larger of the two, as the compiler counts it: arrays of scores, and how many times
-# as much as keys and values they take in float32, of which a TPU multiplies three parts of bfloat16.
+# What the backward kernel, which needs the most, holds as the compiler counts it: arrays of scores; arrays as large as
+# the keys of a chunk in float32, and more where a chunk lies across two registers; and how many times their size keys
+# and values take in float32, of which a TPU multiplies three parts of bfloat16.
 _SCORES_HELD = 5
+_GRADIENTS_HELD = 4
+_GRADIENTS_HELD_ACROSS = 12
 _FLOAT32_HELD = 2.5
 _MOST_OF_MEMORY = 15 / 16
 
@@ -50,10 +53,8 @@ _MOST_OF_MEMORY = 15 / 16
 def fits(tokens: int, width: int, heads: int, groups: int, dtype: DTypeLike) -> bool:
     """Whether the kernels have room in the vector memory of the TPU that they are compiled for.
 
-    An estimate: of the published networks' shapes at 224 and 384 pixels, it tells apart those that the compiler takes
-    and refuses for a v4. Of long sequences it counts more than the compiler does, so it is compared with all of the
-    chip's memory. For a v5e that takes all shapes at 512 pixels, as the compiler does, and `sret_s_wo_slice` in float32
-    up to 640.
+    An estimate on the safe side: what fits, the compiler takes (libtpu 0.0.42 and 58 shapes for a v4, 69 for a v5p, 10
+    for a v5e). It takes more at 512 pixels and above, which `attention="pallas"` asks for.
 
     Args:
       tokens: of an image.
@@ -67,7 +68,8 @@ def fits(tokens: int, width: int, heads: int, groups: int, dtype: DTypeLike) -> 
     blocks = block_bytes([(rows, 3 * width), (rows, width), (rows, 3 * width)], dtype)
     parts = _FLOAT32_HELD if jnp.dtype(dtype) == jnp.float32 else 1
     keys_and_values = parts * 2 * (plan.chunk // (width // heads)) * held_bytes((plan.run, plan.chunk), dtype)
-    gradients = 4 * held_bytes((plan.run, plan.chunk), jnp.float32)
+    held = _GRADIENTS_HELD if LANES % plan.chunk == 0 else _GRADIENTS_HELD_ACROSS
+    gradients = held * held_bytes((plan.run, plan.chunk), jnp.float32)
     scores = _SCORES_HELD * held_bytes((plan.run, plan.queries), jnp.float32)
     return blocks + keys_and_values + gradients + scores <= _MOST_OF_MEMORY * vector_memory()
 

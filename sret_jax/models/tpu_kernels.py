@@ -16,8 +16,7 @@ LANES = 128  # of a TPU's registers, and the side of its matrix unit
 ROWS = 16  # of bfloat16 in a register
 VMEM_BYTES = 64 << 20  # of a chip's vector memory that a kernel may take, where there is as much
 
-# Vector memory of a v5e, and of chips with less, by JAX's `device_kind`.
-_VECTOR_MEMORY = 128 << 20
+# Chips that have less vector memory, by JAX's `device_kind`.
 _SMALLER_VECTOR_MEMORY = {kind: 16 << 20 for kind in ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")}
 
 # Of what a program holds of its images; everything is held twice, while the next images are on their way.
@@ -38,11 +37,11 @@ def traced_for(device: jax.Device) -> Iterator[None]:
 
 
 def vector_memory() -> int:
-    """Bytes of vector memory: of the TPU of `traced_for`, else of this process's, else of a v5e."""
+    """Bytes of vector memory that a kernel may take: on the TPU of `traced_for`, this process's, or else a v5e."""
     kind = _device_kind.get()
     if kind is None and jax.default_backend() == "tpu":
         kind = jax.local_devices()[0].device_kind
-    return _SMALLER_VECTOR_MEMORY.get(kind or "", _VECTOR_MEMORY)
+    return _SMALLER_VECTOR_MEMORY.get(kind or "", VMEM_BYTES)
 
 
 def held_bytes(shape: Sequence[int], dtype: Any) -> int:

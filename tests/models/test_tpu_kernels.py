@@ -32,50 +32,69 @@ def test_a_program_takes_as_many_images_as_fit_and_divide_the_batch():
     assert [largest_divisor(12, limit) for limit in (0, 1, 5, 12, 100)] == [1, 1, 4, 12, 12]
 
 
-V4, V5E = types.SimpleNamespace(device_kind="TPU v4"), types.SimpleNamespace(device_kind="TPU v5 lite")
+V4, V5P, V5E = (types.SimpleNamespace(device_kind=f"TPU {kind}") for kind in ("v4", "v5", "v5 lite"))
 
 
-# Tokens, width, heads and groups, and the MB of 16 that the compiler counts on a v4; None where they are enough.
+# Tokens, width, heads and groups, and what the compiler says.
 @pytest.mark.parametrize(
-    ("shape", "dtype", "counted"),
+    ("device", "shape", "dtype", "takes"),
     [
-        ((784, 64, 2, 1), "float32", None),
-        ((784, 126, 3, 1), "float32", 16.22),
-        ((784, 126, 3, 2), "float32", None),
-        ((784, 126, 3, 1), "bfloat16", None),
-        ((196, 252, 6, 1), "float32", None),
-        ((576, 252, 6, 1), "bfloat16", None),
-        ((576, 252, 6, 1), "float32", 16.66),
-        ((2304, 64, 2, 1), "bfloat16", 23.42),
-        ((2304, 64, 2, 2), "bfloat16", None),
-        ((2304, 64, 2, 2), "float32", 25.28),
-        ((2304, 126, 3, 2), "bfloat16", 18.96),
-        ((2304, 126, 3, 8), "bfloat16", None),
+        (V4, (784, 64, 2, 1), "float32", True),
+        (V4, (784, 126, 3, 1), "float32", False),
+        (V4, (784, 126, 3, 2), "float32", True),
+        (V4, (784, 126, 3, 1), "bfloat16", True),
+        (V4, (196, 252, 6, 1), "float32", True),
+        (V4, (576, 128, 4, 1), "float32", True),
+        (V4, (576, 252, 6, 1), "bfloat16", True),
+        (V4, (576, 252, 6, 1), "float32", False),
+        (V4, (2304, 64, 2, 1), "bfloat16", False),
+        (V4, (2304, 64, 2, 2), "bfloat16", True),
+        (V4, (2304, 64, 2, 2), "float32", False),
+        (V4, (2304, 126, 3, 2), "bfloat16", False),
+        (V4, (2304, 126, 3, 4), "bfloat16", True),
+        (V4, (2304, 126, 3, 8), "bfloat16", True),
+        (V5P, (2304, 126, 3, 1), "float32", True),
+        (V5P, (2304, 252, 6, 1), "float32", False),
+        (V5P, (2304, 252, 6, 1), "bfloat16", True),
+        (V5P, (4096, 64, 2, 1), "float32", True),
+        (V5P, (4096, 126, 3, 1), "float32", False),
+        (V5P, (4096, 126, 3, 1), "bfloat16", True),
+        (V5P, (5184, 126, 3, 1), "bfloat16", False),
+        (V5P, (5184, 126, 3, 2), "float32", False),
+        (V5P, (5184, 126, 3, 2), "bfloat16", True),
+        (V5P, (6400, 64, 2, 1), "float32", False),
+        (V5P, (6400, 64, 2, 1), "bfloat16", True),
+        (V5P, (6400, 64, 2, 2), "float32", False),
+        (V5P, (6400, 126, 3, 8), "float32", True),
+        (V5P, (9216, 126, 3, 2), "bfloat16", False),
+        (V5E, (4096, 64, 2, 1), "float32", True),
+        (V5E, (6400, 64, 2, 1), "float32", False),
+        (V5E, (6400, 126, 3, 1), "bfloat16", False),
+        (V5E, (6400, 126, 3, 2), "float32", False),
+        (V5E, (6400, 126, 3, 8), "float32", True),
     ],
 )
-def test_attentions_kernels_are_chosen_where_the_chip_has_room_for_them(shape, dtype, counted):
+def test_attentions_kernels_are_chosen_where_the_compiler_takes_them(device, shape, dtype, takes):
     tokens, width, heads, groups = shape
-    with traced_for(V4):
-        expected = "pallas" if counted is None else "xla"
-        assert attention.fastest("tpu", tokens, width, heads, (groups, groups), dtype) == expected
+    with traced_for(device):
+        assert fits(*shape, dtype) == takes
+        chosen = attention.fastest("tpu", tokens, width, heads, (groups, groups), dtype)
+        assert chosen == ("pallas" if takes else "xla")
         # all applications of a stage are computed alike
-        assert attention.fastest("tpu", tokens, width, heads, (groups, 1), dtype) != "pallas" or fits(
-            tokens, width, heads, 1, dtype
-        )
-    with traced_for(V5E):
-        assert fits(*shape, dtype)
+        whole_too = attention.fastest("tpu", tokens, width, heads, (groups, 1), dtype)
+        assert whole_too == ("pallas" if takes and fits(tokens, width, heads, 1, dtype) else "xla")
 
 
-def test_images_beyond_any_tpus_vector_memory_leave_attention_to_xla():
-    with traced_for(V5E):
-        assert fits(64**2, 126, 3, 1, "float32")  # 512 pixels
-        assert not fits(160**2, 126, 3, 1, "float32")  # 1280 pixels
-        assert attention.fastest("tpu", 160**2, 126, 3, (1, 1), "float32") == "xla"
+@pytest.mark.parametrize("device", [V4, V5P, V5E])
+def test_the_published_networks_use_attentions_kernels_in_bfloat16(device):
+    with traced_for(device):
+        for size in (224,) if device is V4 else (224, 384, 512):
+            assert all(fits(*shape, "bfloat16") for shape in test_fused_attention.zoo_shapes(size))
 
 
-# A v4 has the least vector memory. Its smallest slice has four chips, of which one is taken.
+# A v4 has the least vector memory. Its smallest slice has four chips, as a v5p's has, of which one is taken.
 @pytest.mark.by_hand
-@pytest.mark.parametrize("topology", ["v5e:1x1", "v4:2x2x1"])
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v4:2x2x1", "v5p:2x2x1"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("image_size", [224, 384, 512])
 def test_the_compiler_takes_every_shape_of_the_zoo(image_size, dtype, topology):
