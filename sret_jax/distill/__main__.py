@@ -8,6 +8,7 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +41,15 @@ def main() -> None:
             os._exit(1)
         raise
     if jax.process_index() == 0:
-        kind = "" if args.label_type == _DEFAULTS.label_type else f" --config.distill.label_type={args.label_type}"
-        print(f"{done} is read by --config.distill.soft_labels={done}{kind}")
+        keys: dict[str, Any] = {"distill.soft_labels": done}
+        keys |= {
+            f"distill.{name}": getattr(args, name)
+            for name in ("label_type", "temperature")
+            if getattr(args, name) != getattr(_DEFAULTS, name)
+        }
+        if tuple(args.background) != WHITE:
+            keys["data.background"] = tuple(args.background)
+        print(f"{done} is read by", shlex.join(f"--config.{key}={value}" for key, value in keys.items()))
 
 
 def _generate(args: argparse.Namespace, advance: Callable[[int, int], object]) -> Path:

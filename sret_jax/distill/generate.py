@@ -156,7 +156,7 @@ def generate(
             return target
         _claim(home, target, made_of, is_first=process == 0)
         mesh = make_mesh({"data": len(devices)}, batch_size * len(devices), devices)
-        label = Labeller(teachers, mesh, batch_size * len(devices), label_type, recipe.temperature)
+        label = Labeller(teachers, mesh, batch_size * len(devices), label_type, recipe.temperature, say)
         if process == 0:
             _evaluate(label, eval_source, crop_ratio, max_broken, num_threads, num_workers, home, say)
         mine = [unit for unit in units[process::processes] if not unit.path.exists()]

@@ -1,6 +1,6 @@
 """The teachers on the devices: from crops to what is kept of their probabilities."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from sret_jax.data.augment import normalize
 from sret_jax.data.soft_labels import LabelType
 from sret_jax.models.compiler import compiler_options
+from sret_jax.training.compiling import compiling
 from sret_jax.training.mesh import replicated, split_batch
 from sret_jax.training.teacher import Teacher, place_teachers, teacher_probabilities
 
@@ -28,7 +29,13 @@ class Labeller:
     """
 
     def __init__(
-        self, teachers: tuple[Teacher, ...], mesh: Mesh, batch_size: int, label_type: LabelType, temperature: float
+        self,
+        teachers: tuple[Teacher, ...],
+        mesh: Mesh,
+        batch_size: int,
+        label_type: LabelType,
+        temperature: float,
+        say: Callable[[str], object],
     ) -> None:
         self.image_size = max(teacher.image_size for teacher in teachers)
         self.batch_size = batch_size
@@ -54,7 +61,12 @@ class Labeller:
             return ((probabilities(variables, images).argmax(axis=1) == labels) & mask).sum()
 
         options = compiler_options(mesh.devices.flat[0].platform)
-        self._labels, self._hits = (jax.jit(function, compiler_options=options) for function in (labels, hits))
+        self._functions = {
+            "the labelling step": jax.jit(labels, compiler_options=options),
+            "the evaluation step": jax.jit(hits, compiler_options=options),
+        }
+        self._programs: dict[str, jax.stages.Compiled] = {}
+        self._say = say
         self._waiting: list[np.ndarray] = []
         self._results: list[tuple[jax.Array, jax.Array]] = []
 
@@ -83,11 +95,18 @@ class Labeller:
         return classes, probabilities
 
     def _send(self, crops: np.ndarray) -> None:
-        self._results.append(self._labels(self._variables, jax.device_put(crops, self._split)))
+        self._results.append(self._run("the labelling step", jax.device_put(crops, self._split)))
         if len(self._results) > _BATCHES_AHEAD:
             jax.block_until_ready(self._results[-1 - _BATCHES_AHEAD])
 
     def hits(self, batch: Mapping[str, np.ndarray]) -> int:
         """How many examples of a batch the teacher is right about."""
         arrays = (jax.device_put(batch[name], self._split) for name in ("image", "label", "mask"))
-        return int(self._hits(self._variables, *arrays))
+        return int(self._run("the evaluation step", *arrays))
+
+    def _run(self, step: str, *arrays: jax.Array) -> Any:
+        """A step, which is compiled the first time."""
+        if step not in self._programs:
+            with compiling(step, self._say):
+                self._programs[step] = self._functions[step].lower(self._variables, *arrays).compile()
+        return self._programs[step](self._variables, *arrays)
