@@ -12,7 +12,7 @@ import socket
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,9 @@ from sret_jax.errors import UserError
 _LOG = logging.getLogger(__name__)
 
 _SEAL = "checksums.json"
+
+# Of the other fields of an object in JSON.
+_CHECKSUM = "crc32"
 
 # Seconds between two tries to get a lock.
 _TRY_EVERY = 0.2
@@ -177,7 +180,7 @@ def replace(path: Path, content: str | bytes) -> None:
 
 
 def parse_json(content: bytes, name: epath.PathLike) -> dict[str, Any]:
-    """The object that a file of JSON holds.
+    """The object that a file of JSON holds, without its checksum, if it has one.
 
     Raises:
       DamagedError: the content is something else; the message names the file.
@@ -188,7 +191,19 @@ def parse_json(content: bytes, name: epath.PathLike) -> dict[str, Any]:
         raise DamagedError(f"{os.fspath(name)} is not what was written: {str(error)[:100]}") from error
     if not isinstance(found, dict):
         raise DamagedError(f"{os.fspath(name)} is not what was written: expected an object of JSON")
+    if _CHECKSUM in found and found.pop(_CHECKSUM) != _checksum(found):
+        raise DamagedError(f"{os.fspath(name)} is not what was written: its checksum is another")
     return found
+
+
+def to_json(fields: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """An object as JSON, with a checksum, `crc32`, that `parse_json` compares; what JSON lacks becomes text."""
+    written = json.loads(json.dumps(fields, default=str))
+    return json.dumps({**written, _CHECKSUM: _checksum(written)}, indent=indent, ensure_ascii=False)
+
+
+def _checksum(fields: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(fields).encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from sret_jax.distill.labeller import Labeller
 from sret_jax.distill.recipe import Recipe, check_recipe
 from sret_jax.distill.units import Unit, plan_units, read_units, write_unit
 from sret_jax.errors import UserError
-from sret_jax.files import DamagedError, expand_local, naming, read_json, remove, replace
+from sret_jax.files import DamagedError, expand_local, naming, read_json, remove, replace, to_json
 from sret_jax.training.build import warnings_to
 from sret_jax.training.mesh import make_mesh
 from sret_jax.training.teacher import Teacher, load_teachers
@@ -290,7 +290,7 @@ def _claim(home: Path, target: Path, made_of: Mapping[str, Any], *, is_first: bo
     if is_first and not note.exists():
         with naming(home):
             home.mkdir(parents=True, exist_ok=True)
-        replace(note, json.dumps(wanted, indent=1) + "\n")
+        replace(note, to_json(wanted, indent=1) + "\n")
     _wait_until(lambda: note.exists() or target.exists())
     if target.exists():
         return  # the first has nothing left to do
@@ -341,7 +341,7 @@ def _evaluate(
             hits += label.hits(batch)
             examples += int(batch["mask"].sum())
         known = {**how, "accuracy": hits / examples}
-        replace(note, json.dumps(known) + "\n")
+        replace(note, to_json(known) + "\n")
     size = label.image_size
     say(
         f"teacher        {100 * known['accuracy']:.2f} % of {source.name} right, at {size} × {size} pixels, "

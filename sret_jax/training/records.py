@@ -1,6 +1,5 @@
 """What a run's report leaves in the workdir: `metrics.jsonl`, TensorBoard events, and where the other files lie."""
 
-import json
 import math
 import numbers
 import time
@@ -14,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from sret_jax.errors import UserError
-from sret_jax.files import DamagedError, expand_local, naming, open_to_add, parse_json, replace
+from sret_jax.files import DamagedError, expand_local, naming, open_to_add, parse_json, replace, to_json
 
 # What the records of each kind have. The curves are drawn from them.
 _EVERY = {"step", "epoch", "seconds"}
@@ -36,7 +35,7 @@ class Records:
         is_resumed = first_step > 0 and self._metrics_path.is_file()
         kept = [r for r in read_metrics(self._metrics_path) if r["step"] <= first_step] if is_resumed else []
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
-        replace(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+        replace(self._metrics_path, "".join(to_json(record) + "\n" for record in kept))
         with naming(self._metrics_path):
             self._metrics = open_to_add(self._metrics_path)
 
@@ -53,7 +52,7 @@ class Records:
 
         `place` holds step, epoch and kind, `cost` the seconds that the run has taken.
         """
-        line = json.dumps({**place, **{name: _json_number(value) for name, value in metrics.items()}, **cost})
+        line = to_json({**place, **{name: _json_number(value) for name, value in metrics.items()}, **cost})
         with naming(self._metrics_path):
             self._metrics.write(line.encode() + b"\n")
             self._metrics.flush()

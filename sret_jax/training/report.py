@@ -9,7 +9,6 @@ Everything lies in the run's folder, the workdir:
 """
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -21,7 +20,7 @@ from typing import Any, Self
 from rich.console import Console
 
 from sret_jax.errors import UserError
-from sret_jax.files import DamagedError, expand_local, read_json, replace
+from sret_jax.files import DamagedError, expand_local, read_json, replace, to_json
 from sret_jax.training.compiling import compiling
 from sret_jax.training.curves import draw_curves
 from sret_jax.training.display import Display, RunConsole, duration, shown, text_of, words
@@ -43,7 +42,8 @@ class Report:
     Each call of `train` and `evaluation` adds a line to `metrics.jsonl` at once: an object with `step`, `epoch` (a
     fraction within an epoch), `kind` ("train" or "evaluation"), the metrics as given, `seconds` (that the run has taken
     so far, its interrupted parts up to the step where each was taken up again included), and, for training,
-    `images_per_second` and `step_seconds` (see `train`). A number that is not finite, or not known yet, is null.
+    `images_per_second` and `step_seconds` (see `train`). A number that is not finite, or not known yet, is null. The
+    last is `crc32`, a checksum of the others: damaged lines are refused.
 
     Entering drops what an interrupted run recorded after `first_step`, from `metrics.jsonl` and from what TensorBoard
     shows, for these steps are done again. If `first_step` is 0 nothing has been done, and all is dropped.
@@ -119,7 +119,7 @@ class Report:
         if not self._active:
             return
         facts = {"model": model, **facts}
-        replace(facts_path(self._workdir), json.dumps(facts, indent=2, default=str, ensure_ascii=False) + "\n")
+        replace(facts_path(self._workdir), to_json(facts, indent=2) + "\n")
         if self._wandb_project:
             self._wandb_run = open_wandb_run(self._wandb_project, self._workdir, facts)
         epochs = self._total_steps / self._steps_per_epoch

@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 import re
@@ -29,6 +28,7 @@ from sret_jax.distill import units
 from sret_jax.distill.generate import generate
 from sret_jax.distill.recipe import Recipe
 from sret_jax.distill.units import plan_units, read_unit, write_unit
+from sret_jax.files import read_json, to_json
 from sret_jax.training.build import open_labels
 from sret_jax.training.config import base_config
 from sret_jax.training.teacher import Teacher, load_teachers
@@ -225,7 +225,7 @@ def test_the_teacher_is_evaluated_first_and_once(source: Source, tmp_path: pathl
     with pytest.raises(_KilledError):
         make(source, tmp_path / "labels", say=lines.append, eval_crop_ratio=1.0, advance=killed_after(0))
     note = tmp_path / "labels.units" / "teacher.json"
-    note.write_text(json.dumps({**json.loads(note.read_text()), "accuracy": 0.125}))
+    note.write_text(to_json({**read_json(note), "accuracy": 0.125}))
     with pytest.raises(_KilledError):
         make(source, tmp_path / "labels", say=lines.append, eval_crop_ratio=1.0, advance=killed_after(0))
     with pytest.raises(_KilledError):  # of other crops it is not known

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,12 @@ def records_in(workdir: Path) -> list[dict[str, Any]]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines]
+    records = []
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        *fields, (name, checksum) = json.loads(line, parse_constant=refuse).items()
+        assert name == "crc32" and checksum == zlib.crc32(json.dumps(dict(fields)).encode())
+        records.append(dict(fields))
+    return records
 
 
 def printed(console: Console) -> str:
@@ -160,6 +165,8 @@ def test_start_keeps_the_facts(tmp_path: Path, log: Console) -> None:
     with report_of(tmp_path, console=log) as report:
         report.start(model="sret_t", parameters=1_234_567, devices="1 × cpu", path=Path("a"))
     facts = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    checksum = facts.pop("crc32")
+    assert checksum == zlib.crc32(json.dumps(facts).encode())
     assert facts == {"model": "sret_t", "parameters": 1_234_567, "devices": "1 × cpu", "path": "a"}
 
 
@@ -593,6 +600,22 @@ def test_a_line_that_no_run_wrote_is_named(tmp_path: Path, log: Console, line: b
         learning_curves(str(tmp_path))
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: expected a record of a run"):
         report_of(tmp_path, first_step=10, console=log).__enter__()
+
+
+def test_no_damaged_digit_is_used(tmp_path: Path, log: Console, caplog: pytest.LogCaptureFixture) -> None:
+    with report_of(tmp_path, console=log) as report:
+        report.start(model="sret_t", batch_size=32)
+        report.train(10, TRAIN)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    for at in range(whole.index(b'"crc32"')):
+        (tmp_path / "metrics.jsonl").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: expected a record"):
+            read_metrics(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_bytes(whole)
+    facts = tmp_path / "run.json"
+    facts.write_text(facts.read_text().replace("32,", "33,", 1))
+    learning_curves(str(tmp_path))
+    assert "run.json is not what was written: its checksum is another" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"model": ' + b"9" * 5000 + b"}"])
