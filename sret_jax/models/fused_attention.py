@@ -47,13 +47,14 @@ _SCORES_HELD = 5
 _GRADIENTS_HELD = 4
 _GRADIENTS_HELD_ACROSS = 12
 _FLOAT32_HELD = 2.5
+_LEAST_HELD = 5 << 20  # with what registers have no room for, where code is written out for many runs
 _MOST_OF_MEMORY = 15 / 16
 
 
 def fits(tokens: int, width: int, heads: int, groups: int, dtype: DTypeLike) -> bool:
     """Whether the kernels have room in the vector memory of the TPU that they are compiled for.
 
-    An estimate on the safe side: what fits, the compiler takes (libtpu 0.0.42 and 58 shapes for a v4, 69 for a v5p, 10
+    An estimate on the safe side: what fits, the compiler takes (libtpu 0.0.42 and 60 shapes for a v4, 69 for a v5p, 10
     for a v5e). It takes more at 512 pixels and above, which `attention="pallas"` asks for.
 
     Args:
@@ -71,7 +72,8 @@ def fits(tokens: int, width: int, heads: int, groups: int, dtype: DTypeLike) -> 
     held = _GRADIENTS_HELD if LANES % plan.chunk == 0 else _GRADIENTS_HELD_ACROSS
     gradients = held * held_bytes((plan.run, plan.chunk), jnp.float32)
     scores = _SCORES_HELD * held_bytes((plan.run, plan.queries), jnp.float32)
-    return blocks + keys_and_values + gradients + scores <= _MOST_OF_MEMORY * vector_memory()
+    beside_blocks = max(keys_and_values + gradients + scores, _LEAST_HELD)
+    return blocks + beside_blocks <= _MOST_OF_MEMORY * vector_memory()
 
 
 def fused_attention(qkv: jax.Array, heads: int, groups: int, *, interpret: bool = False) -> jax.Array:

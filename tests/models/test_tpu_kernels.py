@@ -50,6 +50,7 @@ V4, V5P, V5E = (types.SimpleNamespace(device_kind=f"TPU {kind}") for kind in ("v
         (V4, (2304, 64, 2, 1), "bfloat16", False),
         (V4, (2304, 64, 2, 2), "bfloat16", True),
         (V4, (2304, 64, 2, 2), "float32", False),
+        (V4, (2304, 64, 2, 8), "float32", False),
         (V4, (2304, 126, 3, 2), "bfloat16", False),
         (V4, (2304, 126, 3, 4), "bfloat16", True),
         (V4, (2304, 126, 3, 8), "bfloat16", True),
