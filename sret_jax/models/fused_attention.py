@@ -54,7 +54,7 @@ _MOST_OF_MEMORY = 15 / 16
 def fits(tokens: int, width: int, heads: int, groups: int, dtype: DTypeLike) -> bool:
     """Whether the kernels have room in the vector memory of the TPU that they are compiled for.
 
-    An estimate on the safe side: what fits, the compiler takes (libtpu 0.0.42 and 60 shapes for a v4, 69 for a v5p, 10
+    An estimate on the safe side: what fits, the compiler takes (libtpu 0.0.42, and 68 shapes for a v4, 69 for a v5p, 40
     for a v5e). It takes more at 512 pixels and above, which `attention="pallas"` asks for.
 
     Args:
