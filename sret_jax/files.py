@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 _SEAL = "checksums.json"
 
-# Of the other fields of an object in JSON.
+# The field of a JSON object that holds a checksum of the others.
 _CHECKSUM = "crc32"
 
 # Seconds between two tries to get a lock.
