@@ -192,7 +192,7 @@ def parse_json(content: bytes, name: epath.PathLike) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DamagedError(f"{os.fspath(name)} is not what was written: expected an object of JSON")
     if _CHECKSUM in found and found.pop(_CHECKSUM) != _checksum(found):
-        raise DamagedError(f"{os.fspath(name)} is not what was written: its checksum is another")
+        raise DamagedError(f"{os.fspath(name)} is not what was written: its checksum differs")
     return found
 
 

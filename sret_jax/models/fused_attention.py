@@ -40,9 +40,9 @@ _MOST_QUERIES = 256
 _MOST_RUNS = 16
 
 
-# What the backward kernel, which needs the most, holds as the compiler counts it: arrays of scores; arrays as large as
-# the keys of a chunk in float32, and more where a chunk lies across two registers; and how many times their size keys
-# and values take in float32, of which a TPU multiplies three parts of bfloat16.
+# What the backward kernel holds, which needs the most, as the compiler counts it. Scores: so many arrays. Gradients: so
+# many arrays as large as the keys of a chunk, more where a chunk lies across two registers. Keys and values in float32:
+# so many times their size, because a TPU multiplies three parts of bfloat16.
 _SCORES_HELD = 5
 _GRADIENTS_HELD = 4
 _GRADIENTS_HELD_ACROSS = 12
@@ -54,8 +54,9 @@ _MOST_OF_MEMORY = 15 / 16
 def fits(tokens: int, width: int, heads: int, groups: int, dtype: DTypeLike) -> bool:
     """Whether the kernels have room in the vector memory of the TPU that they are compiled for.
 
-    An estimate on the safe side: what fits, the compiler takes (libtpu 0.0.42, and 68 shapes for a v4, 69 for a v5p, 40
-    for a v5e). It takes more at 512 pixels and above, which `attention="pallas"` asks for.
+    An estimate on the safe side. The compiler takes every shape that fits: checked with libtpu 0.0.42, 68 shapes for a
+    v4, 69 for a v5p and 40 for a v5e. From 512 pixels on it also takes some that do not; `attention="pallas"` uses the
+    kernels for those.
 
     Args:
       tokens: of an image.

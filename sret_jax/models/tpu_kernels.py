@@ -37,7 +37,10 @@ def traced_for(device: jax.Device) -> Iterator[None]:
 
 
 def vector_memory() -> int:
-    """Bytes of vector memory that a kernel may take: on the TPU of `traced_for`, this process's, or else a v5e."""
+    """Bytes of vector memory that a kernel may take.
+
+    They are those of the TPU of `traced_for`; without it, of this process's TPU; without one, of a v5e.
+    """
     kind = _device_kind.get()
     if kind is None and jax.default_backend() == "tpu":
         kind = jax.local_devices()[0].device_kind

@@ -230,6 +230,9 @@ def test_the_teacher_is_evaluated_first_and_once(source: Source, tmp_path: pathl
         make(source, tmp_path / "labels", say=lines.append, eval_crop_ratio=1.0, advance=killed_after(0))
     with pytest.raises(_KilledError):  # of other crops it is not known
         make(source, tmp_path / "labels", say=lines.append, eval_crop_ratio=0.9, advance=killed_after(0))
+    note.write_text(re.sub(r'("accuracy": 0\.)\d', r"\g<1>9", note.read_text()))
+    with pytest.raises(_KilledError):  # nor where a digit is damaged
+        make(source, tmp_path / "labels", say=lines.append, eval_crop_ratio=0.9, advance=killed_after(0))
     hits = []
     for index in range(IMAGES):
         example = source.examples[index]
@@ -241,7 +244,8 @@ def test_the_teacher_is_evaluated_first_and_once(source: Source, tmp_path: pathl
         f"teacher        {accuracy:.2f} % of {source.name} right, at 16 × 16 pixels, crop ratio 1",
         f"teacher        12.50 % of {source.name} right, at 16 × 16 pixels, crop ratio 1",
     ]
-    assert "12.50" not in lines[2]
+    assert lines[2].endswith("crop ratio 0.9") and "12.50" not in lines[2]
+    assert lines[3] == lines[2]
 
 
 def but_for_compiling(lines: list[str]) -> list[str]:

@@ -615,7 +615,7 @@ def test_no_damaged_digit_is_used(tmp_path: Path, log: Console, caplog: pytest.L
     facts = tmp_path / "run.json"
     facts.write_text(facts.read_text().replace("32,", "33,", 1))
     learning_curves(str(tmp_path))
-    assert "run.json is not what was written: its checksum is another" in caplog.text
+    assert "run.json is not what was written: its checksum differs" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"model": ' + b"9" * 5000 + b"}"])
