@@ -1,8 +1,6 @@
 """The Sliced Recursive Transformer (SReT, ECCV 2022) in JAX and Flax."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # type checkers take it for true; the one in `typing` takes long to import
 if TYPE_CHECKING:
     from sret_jax.errors import UserError
     from sret_jax.models.compiler import compiler_options
@@ -28,7 +26,8 @@ __all__ = [
     "to_torch_state_dict",
 ]
 
-# Where the names are, which is imported when one is first used: the programs of this package can hear Ctrl-C before.
+# The modules of these names, each imported when a name of it is first used: until a program has imported
+# `sret_jax.interrupts`, Ctrl-C ends it with a traceback, so nothing else is imported here.
 _WHERE = {
     "compiler_options": "sret_jax.models.compiler",
     "count_macs": "sret_jax.models.cost",
@@ -45,7 +44,9 @@ _WHERE = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    import importlib
+
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)

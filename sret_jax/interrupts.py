@@ -6,7 +6,6 @@ imports nothing that takes time: programs call it before they import anything th
 """
 
 import contextlib
-import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -69,6 +68,8 @@ def deaf_children() -> Iterator[None]:
     if not _is_on:
         yield
         return
+    import multiprocessing.resource_tracker
+
     multiprocessing.resource_tracker.ensure_running()  # which lets this thread hear SIGINT again when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

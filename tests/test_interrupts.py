@@ -55,6 +55,14 @@ def test_where_it_is_ignored_it_stays_ignored():
     assert (result.returncode, result.stdout, result.stderr) == (0, "went on\n", "")
 
 
+def test_little_is_imported_before_it_is_heard():
+    """`-S`, because an installation may import anything when Python starts."""
+    script = "import sys; sys.path.insert(0, ''); import sret_jax.interrupts; print(*sys.modules)"
+    imported = run("-S", "-c", script).stdout.split()
+    assert "sret_jax.interrupts" in imported
+    assert not {"importlib", "multiprocessing", "re", "typing"} & set(imported)
+
+
 def test_importing_the_library_changes_no_signal_and_a_context_alone_nothing():
     script = (
         "import signal, sret_jax; from sret_jax import interrupts\n"
